@@ -1,0 +1,299 @@
+"""The job spec, key by key: every default stands here and nowhere else.
+
+The models are strict (no silent conversion), closed (an unknown key is an error) and frozen. Rules across keys raise
+`SpecProblem`, whose path lets the loader name file, line and column.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Need = Literal["group_mean", "whole_weights", "one_version"]
+Offers = frozenset[str]
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Block(BaseModel):
+    """A mapping of the spec: strict, closed, frozen."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+class MLPSpec(Block):
+    """Fully connected layers with ReLU between them."""
+
+    name: Literal["mlp"]
+    hidden: list[Count] = Field([128], description="width of each hidden layer")
+    dropout: Fraction = Field(0.0, description="share of hidden units dropped in training")
+
+
+class CNNSpec(Block):
+    """3 x 3 convolutions, each halving the image by max-pooling, then one hidden layer."""
+
+    name: Literal["cnn"]
+    channels: list[Count] = Field([16, 32], min_length=1, max_length=3, description="channels of each convolution")
+    hidden: Count = Field(64, description="width of the hidden layer")
+    dropout: Fraction = Field(0.0, description="share of hidden units dropped in training")
+
+
+class TaskBlock(Block):
+    """What every built-in task has: `needs`, held against what the strategy offers."""
+
+    needs: ClassVar[Offers] = frozenset()
+    summary: ClassVar[str] = ""
+
+
+class ClassificationSpec(TaskBlock):
+    """Cross-entropy on labelled images."""
+
+    summary: ClassVar[str] = "cross-entropy on labelled images (data: digits)"
+
+    name: Literal["classification"]
+    data: Literal["digits"] = Field("digits", description="digits: scikit-learn's 1,797 scans of 8 x 8, 10 classes")
+    model: Annotated[MLPSpec | CNNSpec, Field(discriminator="name")] = MLPSpec(name="mlp")
+
+
+class RegressionSpec(TaskBlock):
+    """Linear least squares on generated data, whose minimum has a closed form."""
+
+    summary: ClassVar[str] = "linear least squares on generated data, with a closed form to compare with"
+
+    name: Literal["regression"]
+    features: Count = Field(8, description="inputs per example")
+    rows: Annotated[int, Field(ge=10)] = Field(640, description="examples generated, over all three splits")
+    noise: NonNegative = Field(0.1, description="standard deviation of the targets' noise")
+
+
+class OwnTaskSpec(Block):
+    """A user's own subclass of `distml.Task`, by import path; its file lies beside the spec or is installed."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+    args: dict[str, Any] = Field({}, description="keyword arguments of the class")
+
+
+TaskSpec = ClassificationSpec | RegressionSpec | OwnTaskSpec
+
+
+# ----------------------------------------------------------------------------------------------------------- strategies
+ALL_OFFERS: Offers = frozenset({"group_mean", "whole_weights", "one_version"})
+
+
+class StrategyBlock(Block):
+    """How gradients travel."""
+
+    @property
+    def offers(self) -> Offers:
+        """What tasks may rely on under this strategy."""
+        return ALL_OFFERS
+
+    @property
+    def is_synchronous(self) -> bool:
+        """Whether one step is one averaged update of `batch_size` examples over all workers."""
+        return True
+
+    @property
+    def label(self) -> str:
+        """The name by which matrices and messages call it."""
+        return str(getattr(self, "name"))  # noqa: B009 (each strategy declares its own literal)
+
+
+class SingleSpec(StrategyBlock):
+    """One worker, no exchange."""
+
+    name: Literal["single"]
+
+
+class AllReduceSpec(StrategyBlock):
+    """Every worker holds the weights and sums the gradients of all (torch.distributed)."""
+
+    name: Literal["all_reduce"]
+
+
+class ParameterServerSpec(StrategyBlock):
+    """Servers hold the weights and optimiser; workers push gradients and pull weights."""
+
+    name: Literal["parameter_server"]
+    mode: Literal["sync", "async", "ssp"] = Field("sync", description="barrier, no wait, or bounded staleness")
+    max_staleness: Annotated[int, Field(ge=0)] | None = Field(None, description="ssp only: the bound, in versions")
+    servers: Count = Field(1, description="processes that the weights are cut over")
+
+    @property
+    def offers(self) -> Offers:
+        return ALL_OFFERS if self.mode == "sync" else frozenset({"whole_weights"})
+
+    @property
+    def is_synchronous(self) -> bool:
+        return self.mode == "sync"
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{self.mode}"
+
+
+StrategySpec = Annotated[SingleSpec | AllReduceSpec | ParameterServerSpec, Field(discriminator="name")]
+
+
+# ----------------------------------------------------------------------------------------------------------- optimisers
+class ScheduleSpec(Block):
+    """The learning rate's factor as a function of the version of the weights."""
+
+    name: Literal["constant", "linear", "cosine", "step"] = "constant"
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps over which the factor rises linearly to 1")
+    steps: Count | None = Field(None, description="linear, cosine: where they end; null: the budget in `stop`")
+    final: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.0, description="linear, cosine: the last factor")
+    every: Count | None = Field(None, description="step: steps between two falls")
+    factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.1, description="step: what each fall multiplies by")
+
+
+class GroupSpec(Block):
+    """Parameters that have settings of their own; the first group that matches a parameter wins."""
+
+    match: str = Field(description="shell pattern over parameter names, for example '*.bias'")
+    lr: NonNegative | None = None
+    weight_decay: NonNegative | None = None
+
+
+class OptimizerBlock(Block):
+    """What all optimisers have."""
+
+    lr: NonNegative = Field(1.0e-3, description="learning rate before the schedule")
+    weight_decay: NonNegative = 0.0
+    clip_norm: Positive | None = Field(None, description="largest global norm of the mean gradient")
+    schedule: ScheduleSpec = ScheduleSpec()
+    groups: list[GroupSpec] = []
+
+
+class SGDSpec(OptimizerBlock):
+    """Stochastic gradient descent."""
+
+    name: Literal["sgd"]
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+
+
+class AdamSpec(OptimizerBlock):
+    """Adam (Kingma & Ba 2015); weight decay is an L2 term."""
+
+    name: Literal["adam"]
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Positive = 1.0e-8
+
+
+class AdamWSpec(OptimizerBlock):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+    name: Literal["adamw"]
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Positive = 1.0e-8
+
+
+class RMSpropSpec(OptimizerBlock):
+    """RMSprop (Tieleman & Hinton 2012)."""
+
+    name: Literal["rmsprop"]
+    alpha: Fraction = Field(0.99, description="smoothing of the squared gradient")
+    eps: Positive = 1.0e-8
+    momentum: Fraction = 0.0
+
+
+OptimizerSpec = Annotated[SGDSpec | AdamSpec | AdamWSpec | RMSpropSpec, Field(discriminator="name")]
+
+
+# -------------------------------------------------------------------------------------------------------- the whole job
+class InitSpec(Block):
+    """Start weights (not a resume)."""
+
+    source: str | None = Field(None, alias="from", description="a run directory, a checkpoint or a .safetensors file")
+    only: list[str] = Field(["*"], description="patterns of the tensors that are taken")
+    freeze: list[str] = Field([], description="patterns of the parameters that are never trained")
+
+
+class GoalSpec(Block):
+    """A metric's value that ends the run as `goal_met`; exactly one bound."""
+
+    metric: str = Field(pattern=r"^eval/.+")
+    at_least: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    at_most: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+class StopSpec(Block):
+    """When the run ends: the first that is reached. At least one budget."""
+
+    steps: Count | None = None
+    examples: Count | None = None
+    epochs: Positive | None = None
+    seconds: Positive | None = Field(None, description="of training, counted over resumes")
+    goal: GoalSpec | None = None
+    patience: Count | None = Field(None, description="evaluations in a row without a better value of the goal's metric,"
+                                   " else of `checkpoint.best`, else of eval/loss")
+
+
+class EvaluateSpec(Block):
+    every: Count = Field(100, description="steps between evaluations; there is always one at the end")
+
+
+class BestSpec(Block):
+    metric: str = Field(pattern=r"^eval/.+")
+    mode: Literal["max", "min"]
+
+
+class CheckpointSpec(Block):
+    every: Count = Field(100, description="steps between checkpoints; there is always one at the end")
+    keep: Count = Field(2, description="newest checkpoints that stay")
+    best: BestSpec | None = Field(None, description="the checkpoint that is kept besides, and that is tested")
+
+
+class LogSpec(Block):
+    every: Count = Field(10, description="steps between reports")
+    to: list[Literal["tensorboard"]] = ["tensorboard"]
+
+
+class ResourcesSpec(Block):
+    workers: Count = 1
+    cpus_per_worker: Count = Field(1, description="logical CPUs and torch threads of each worker")
+    gpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
+
+
+class LimitsSpec(Block):
+    start_s: Positive = Field(120.0, description="until all processes are placed and have built the task")
+    heartbeat_s: Positive = Field(2.0, description="between two looks at each process")
+    lost_after_s: Positive = Field(30.0, description="without an answer: the process is taken for dead")
+    max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="recoveries before the run fails")
+
+
+class InlineSpec(Block):
+    speeds: list[Positive] | None = Field(None, description="async, ssp: relative speed of each inline worker")
+
+
+class JobSpec(Block):
+    """A training job: task x strategy x optimiser x stop x resources."""
+
+    distml: Literal["v1"]
+    kind: Literal["train"] = "train"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    task: TaskSpec
+    strategy: StrategySpec = AllReduceSpec(name="all_reduce")
+    optimizer: OptimizerSpec = AdamWSpec(name="adamw")
+    batch_size: Count = Field(64, description="examples per round over all workers")
+    micro_batch_size: Count | None = Field(None, description="examples per worker and backward; null: all at once")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; the weights stay float32")
+    init: InitSpec | None = None
+    stop: StopSpec
+    evaluate: EvaluateSpec = EvaluateSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    log: LogSpec = LogSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    limits: LimitsSpec = LimitsSpec()
+    inline: InlineSpec = InlineSpec()
+    transport: Literal["auto", "object_store", "process_group"] = Field(
+        "auto", description="auto: process_group for all_reduce, object_store for parameter_server"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
