@@ -1,0 +1,179 @@
+"""What is learned: the `Task` that a user writes, and the small values that it takes and gives.
+
+A task knows a model, a stream of batches, a loss and an evaluation. It never knows ray, other ranks or optimisers.
+
+Shapes: B examples of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from distml.tasks.data import Batch, Dataset, length, take, to_device
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The only clock a task may use.
+
+    Attributes:
+        version: changes of the model's weights so far.
+        examples: examples in those changes, over all workers.
+        frames: environment steps in them, as the agent sees them.
+        fraction: share of the budget that is spent, 0 to 1.
+    """
+
+    version: int = 0
+    examples: int = 0
+    frames: int = 0
+    fraction: float = 0.0
+
+
+@dataclass(slots=True)
+class Mean:
+    """A sum and the count it is over: they travel together, so that means of unequal parts stay exact."""
+
+    total: float
+    count: float
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        """The mean; NaN over nothing."""
+        return self.total / self.count if self.count else math.nan
+
+
+@dataclass(slots=True)
+class Loss:
+    """A loss as a sum over examples, tokens or frames.
+
+    Attributes:
+        total: scalar tensor, the sum over `count` examples; its gradient is what workers add up.
+        count: how many the sum is over. The update divides the workers' summed gradients by their summed counts.
+        metrics: further means, reported as `train/NAME`.
+    """
+
+    total: Tensor
+    count: float
+    metrics: Mapping[str, Mean] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One consumer's part of a split.
+
+    Attributes:
+        index: which part, 0 to count - 1.
+        count: how many parts there are.
+        seed: this consumer's own seed.
+        split: `train`, `validation` or `test`.
+        batch_size: examples of this part in one batch.
+    """
+
+    index: int
+    count: int
+    seed: int
+    split: str
+    batch_size: int = 0
+    dataset: Dataset | None = field(default=None, repr=False)
+    device: torch.device = field(default=torch.device("cpu"), repr=False)
+
+    def data(self) -> Batch:
+        """This part of the task's dataset for the split, as one batch: parts are nearly equal and cover it once."""
+        if self.dataset is None:
+            raise ValueError("part.data() needs the task's own data(split)")
+        total = length(self.dataset)
+        start, stop = total * self.index // self.count, total * (self.index + 1) // self.count
+        return to_device(take(self.dataset, torch.arange(start, stop)), self.device)
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Where batches come from when they are not a dataset's: it may act with the current model."""
+
+    def next(self, model: nn.Module, progress: Progress) -> Batch:
+        """The next batch of this part."""
+        ...
+
+    def state(self) -> dict[str, Any] | None:
+        """JSON values and tensors that `load_state` continues from exactly; None: it begins anew at checkpoints."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        ...
+
+
+Phase: TypeAlias = tuple[str, str]
+
+
+class Task:
+    """What is learned. Constructed as `MyTask(**args)` in every process: cheap, no device, no network.
+
+    Attributes:
+        needs: what the task relies on, out of `group_mean`, `whole_weights`, `one_version`; a strategy that does not
+            offer it is refused before anything starts.
+        phases: ordered (loss method, parameter pattern). Each phase is one backward and one exchange over the
+            parameters that match its pattern; the first phase that matches a parameter owns it.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    phases: ClassVar[tuple[Phase, ...]] = (("loss", "*"),)
+
+    def build_model(self) -> nn.Module:
+        """The model, with the same weights on every rank: it is called under the run's seed."""
+        raise TypeError(f"{type(self).__name__} must define build_model(self)")
+
+    def data(self, split: str) -> Dataset:
+        """The dataset of a split: a tuple or dict of tensors of equal length, or a map-style torch dataset."""
+        raise TypeError(f"{type(self).__name__} must define data(self, split) or stream(self, part)")
+
+    def stream(self, part: Part) -> Stream | None:
+        """Batches of this part, for tasks without a dataset; None: `data` is used."""
+        return None
+
+    def loss(self, model: nn.Module, batch: Batch, progress: Progress) -> Loss | Tensor:
+        """A `Loss`, or a scalar tensor that is taken as the mean over the batch's examples."""
+        raise TypeError(f"{type(self).__name__} must define loss(self, model, batch, progress)")
+
+    def after_update(self, model: nn.Module, progress: Progress) -> None:
+        """Called after each change of the weights; must be a function of the weights alone (a target network)."""
+
+    def evaluate(self, model: nn.Module, part: Part, progress: Progress) -> dict[str, Mean]:
+        """Sums and counts over this part of `part.split`; by default the mean loss."""
+        batch = part.data()
+        if not length(batch):
+            return {}
+        loss = as_loss(self.loss(model, batch, progress), batch, "loss")
+        return {"loss": Mean(float(loss.total), loss.count)}
+
+    def group_mean(self, tensor: Tensor) -> Tensor:
+        """The mean of `tensor` over all workers; only for tasks whose `needs` name `group_mean`."""
+        return tensor
+
+
+def as_loss(value: Loss | Tensor, batch: Batch, method: str) -> Loss:
+    """What a loss method returned as a `Loss`.
+
+    Raises:
+        TypeError: it is neither a `Loss` nor a scalar tensor.
+    """
+    if isinstance(value, Loss):
+        loss = value
+    elif isinstance(value, Tensor):
+        count = length(batch)
+        loss = Loss(value * count if value.ndim == 0 else value, count)
+    else:
+        raise TypeError(f"{method} must return a scalar tensor or a distml.Loss, not {type(value).__name__}")
+    if not isinstance(loss.total, Tensor) or loss.total.ndim != 0:
+        shape = tuple(loss.total.shape) if isinstance(loss.total, Tensor) else type(loss.total).__name__
+        raise TypeError(f"{method} must return a scalar, not {shape}; return its mean, or distml.Loss(sum, count)")
+    return loss

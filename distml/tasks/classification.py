@@ -1,0 +1,81 @@
+"""`task: classification`: cross-entropy on labelled images.
+
+Shapes: B examples, K classes; images [B, 8, 8] float32 in [0, 1], labels [B] int64.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distml.spec.schema import CNNSpec, MLPSpec
+from distml.tasks.base import Loss, Mean, Part, Progress, Task
+from distml.tasks.models import CNN, MLP
+
+Examples = tuple[Tensor, Tensor]
+
+
+class Classification(Task):
+    """Cross-entropy, accuracy in evaluation; three splits of 60, 20 and 20 %, cut once by `split_seed`."""
+
+    def __init__(self, data: str, model: MLPSpec | CNNSpec, split_seed: int = 0) -> None:
+        self.name, self.model_spec, self.split_seed = data, model, split_seed
+
+    def build_model(self) -> nn.Module:
+        spec = self.model_spec
+        if isinstance(spec, CNNSpec):
+            return CNN((8, 8), spec.channels, spec.hidden, 10, spec.dropout)
+        return MLP(64, spec.hidden, 10, spec.dropout)
+
+    def data(self, split: str) -> Examples:
+        return splits(load_digits, self.split_seed)[split]
+
+    def loss(self, model: nn.Module, batch: Examples, progress: Progress) -> Loss:
+        images, labels = batch
+        return Loss(nn.functional.cross_entropy(model(images), labels, reduction="sum"), len(labels))
+
+    def evaluate(self, model: nn.Module, part: Part, progress: Progress) -> dict[str, Mean]:
+        images, labels = part.data()
+        logits = model(images)
+        count = len(labels)
+        return {
+            "loss": Mean(float(nn.functional.cross_entropy(logits, labels, reduction="sum")), count),
+            "accuracy": Mean(float((logits.argmax(1) == labels).sum()), count),
+        }
+
+
+@cache
+def load_digits() -> Examples:
+    """scikit-learn's 1,797 handwritten digits (UCI optical recognition, Alpaydin & Kaynak 1998).
+
+    The file is read without importing scikit-learn where it lies in the usual place: the import alone takes longer
+    than the training of a small model.
+    """
+    found = importlib.util.find_spec("sklearn")
+    file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz" if found and found.origin else None
+    if file is not None and file.exists():
+        with gzip.open(file, "rt") as lines:
+            table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
+        images, labels = table[:, :64], table[:, 64]
+    else:
+        from sklearn.datasets import load_digits as load
+
+        images, labels = load(return_X_y=True)
+    scaled = torch.from_numpy(images.astype(np.float32) / 16.0).reshape(-1, 8, 8)
+    return scaled, torch.from_numpy(labels.astype(np.int64))
+
+
+@cache
+def splits(load: object, seed: int) -> dict[str, Examples]:
+    """Train, validation and test: 60, 20 and 20 % of a permutation drawn from `seed`."""
+    images, labels = load()  # type: ignore[operator]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    first, second = round(len(order) * 0.6), round(len(order) * 0.8)
+    parts = {"train": order[:first], "validation": order[first:second], "test": order[second:]}
+    return {name: (images[indices], labels[indices]) for name, indices in parts.items()}
