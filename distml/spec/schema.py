@@ -1,14 +1,14 @@
 """The job spec, key by key: every default stands here and nowhere else.
 
-The models are strict (no silent conversion), closed (an unknown key is an error) and frozen. Rules across keys raise
-`SpecProblem`, whose path lets the loader name file, line and column.
+The models are strict (no silent conversion), closed (an unknown key is an error) and frozen. Rules across keys stand in
+`rules.py`; `load_spec` applies them and names file, line and column.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Need = Literal["group_mean", "whole_weights", "one_version"]
 Offers = frozenset[str]
@@ -78,7 +78,21 @@ class OwnTaskSpec(Block):
     args: dict[str, Any] = Field({}, description="keyword arguments of the class")
 
 
-TaskSpec = ClassificationSpec | RegressionSpec | OwnTaskSpec
+OWN_TASK = "module:Class"
+
+
+def _task_tag(value: Any) -> Any:
+    """Which task block a value is: a colon in the name means a user's own class."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return OWN_TASK if isinstance(name, str) and ":" in name else name
+
+
+TaskSpec = Annotated[
+    Annotated[ClassificationSpec, Tag("classification")]
+    | Annotated[RegressionSpec, Tag("regression")]
+    | Annotated[OwnTaskSpec, Tag(OWN_TASK)],
+    Discriminator(_task_tag),
+]
 
 
 # ----------------------------------------------------------------------------------------------------------- strategies
@@ -231,8 +245,11 @@ class StopSpec(Block):
     epochs: Positive | None = None
     seconds: Positive | None = Field(None, description="of training, counted over resumes")
     goal: GoalSpec | None = None
-    patience: Count | None = Field(None, description="evaluations in a row without a better value of the goal's metric,"
-                                   " else of `checkpoint.best`, else of eval/loss")
+    patience: Count | None = Field(
+        None,
+        description="evaluations in a row without a better value of the goal's metric,"
+        " else of `checkpoint.best`, else of eval/loss",
+    )
 
 
 class EvaluateSpec(Block):

@@ -1,0 +1,114 @@
+"""What the schema says about itself: which blocks exist, how they are chosen by name, which keys they have.
+
+Shorthands, overrides, messages and the JSON schema are all derived from here, so a new block needs no second list.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from distml.spec.schema import OWN_TASK, BestSpec, Block, JobSpec, OwnTaskSpec
+from distml.spec.yaml import KeyPath
+
+
+def keys_of(block: type[Block]) -> list[str]:
+    """The block's keys as they are written."""
+    return [info.alias or name for name, info in block.model_fields.items()]
+
+
+def blocks_under(block: type[Block], key: str) -> list[type[Block]]:
+    """The blocks that may stand under a key (or in the list under it); several where `name` chooses."""
+    for name, info in block.model_fields.items():
+        if key == (info.alias or name):
+            return list(_blocks_in(info.annotation))
+    return []
+
+
+def _blocks_in(annotation: Any) -> Iterator[type[Block]]:
+    origin: Any = get_origin(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, Block):
+        yield annotation
+    elif origin is Annotated:
+        yield from _blocks_in(get_args(annotation)[0])
+    elif origin is Union or origin is types.UnionType or origin is list:
+        for inner in get_args(annotation):
+            yield from _blocks_in(inner)
+
+
+def names_of(block: type[Block]) -> list[str]:
+    """The values that the block's `name` may have; `module:Class` stands for a user's own."""
+    if block is OwnTaskSpec:
+        return [OWN_TASK]
+    annotation = block.model_fields["name"].annotation if "name" in block.model_fields else None
+    return [str(name) for name in get_args(annotation)] if get_origin(annotation) is Literal else []
+
+
+def choose(blocks: list[type[Block]], value: Any) -> type[Block] | None:
+    """The block that `value` is written for, or None where its name does not say."""
+    if len(blocks) == 1:
+        return blocks[0]
+    name = value.get("name") if isinstance(value, dict) else None
+    if isinstance(name, str) and ":" in name and OwnTaskSpec in blocks:
+        return OwnTaskSpec
+    return next((block for block in blocks if name in names_of(block)), None)
+
+
+def expand(data: dict[str, Any], block: type[Block] = JobSpec) -> dict[str, Any]:
+    """A copy with every shorthand written out: `strategy: all_reduce` becomes `strategy: {name: all_reduce}`."""
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        blocks = blocks_under(block, key)
+        if isinstance(value, list):
+            result[key] = [_expand_value(item, blocks) for item in value]
+        else:
+            result[key] = _expand_value(value, blocks)
+    return result
+
+
+def _expand_value(value: Any, blocks: list[type[Block]]) -> Any:
+    if isinstance(value, str) and BestSpec in blocks:
+        return {"metric": value, "mode": best_mode(value)}
+    if isinstance(value, str) and any(names_of(block) for block in blocks):
+        return {"name": value}
+    chosen = choose(blocks, value)
+    return expand(value, chosen) if chosen is not None and isinstance(value, dict) else value
+
+
+def best_mode(metric: str) -> str:
+    """Which way a metric is better, told from the last part of its name."""
+    last = metric.rpartition("/")[2]
+    return "min" if any(word in last for word in ("loss", "error", "perplexity")) else "max"
+
+
+def default_name(path: KeyPath, data: dict[str, Any]) -> str | None:
+    """The name that the block at `path` has when the spec does not mention it."""
+    block: type[Block] | None = JobSpec
+    value: Any = data
+    for part in path[:-1]:
+        if block is None:
+            return None
+        value = value.get(part) if isinstance(value, dict) else None
+        block = choose(blocks_under(block, str(part)), value)
+    info = None if block is None else block.model_fields.get(str(path[-1]))
+    return getattr(info.default, "name", None) if info is not None else None
+
+
+def locate(loc: tuple[str | int, ...], data: Any) -> tuple[KeyPath, list[type[Block]]]:
+    """The path of keys for a location that pydantic reports, which also holds the names that chose a union's member.
+
+    Returns:
+        The path, and the blocks that the last key belongs to (one, unless the name there chooses none).
+    """
+    path: list[str | int] = []
+    around: list[type[Block]] = []
+    here: list[type[Block]] = [JobSpec]
+    for part in loc:
+        if len(here) > 1 and isinstance(part, str):
+            here = [block for block in here if part in names_of(block)]
+            continue
+        path.append(part)
+        if isinstance(part, str):
+            around, here = here, blocks_under(here[0], part) if here else []
+    return tuple(path), around
