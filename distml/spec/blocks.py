@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from distml.spec.schema import OWN_TASK, BestSpec, Block, JobSpec, OwnTaskSpec
 from distml.spec.yaml import KeyPath
+
+_CONTAINERS: tuple[Any, ...] = (Union, types.UnionType, list)
 
 
 def keys_of(block: type[Block]) -> list[str]:
@@ -32,7 +35,7 @@ def _blocks_in(annotation: Any) -> Iterator[type[Block]]:
         yield annotation
     elif origin is Annotated:
         yield from _blocks_in(get_args(annotation)[0])
-    elif origin is Union or origin is types.UnionType or origin is list:
+    elif origin in _CONTAINERS:
         for inner in get_args(annotation):
             yield from _blocks_in(inner)
 
@@ -41,7 +44,8 @@ def names_of(block: type[Block]) -> list[str]:
     """The values that the block's `name` may have; `module:Class` stands for a user's own."""
     if block is OwnTaskSpec:
         return [OWN_TASK]
-    annotation = block.model_fields["name"].annotation if "name" in block.model_fields else None
+    info = block.model_fields.get("name")
+    annotation: Any = None if info is None else info.annotation
     return [str(name) for name in get_args(annotation)] if get_origin(annotation) is Literal else []
 
 
@@ -82,25 +86,37 @@ def best_mode(metric: str) -> str:
     return "min" if any(word in last for word in ("loss", "error", "perplexity")) else "max"
 
 
-def default_name(path: KeyPath, data: dict[str, Any]) -> str | None:
-    """The name that the block at `path` has when the spec does not mention it."""
+def default_at(path: KeyPath, data: dict[str, Any]) -> dict[str, Any] | list[Any]:
+    """What an override that goes below `path` begins with where the spec has nothing there.
+
+    The default's name for a block that is chosen by name, an empty list for a list, else an empty block.
+    """
     block: type[Block] | None = JobSpec
     value: Any = data
     for part in path[:-1]:
-        if block is None:
-            return None
         value = value.get(part) if isinstance(value, dict) else None
-        block = choose(blocks_under(block, str(part)), value)
+        block = None if block is None else choose(blocks_under(block, str(part)), value)
     info = None if block is None else block.model_fields.get(str(path[-1]))
-    return getattr(info.default, "name", None) if info is not None else None
+    if info is not None and isinstance(info.default, list):
+        return []
+    name = None if info is None else getattr(info.default, "name", None)
+    return {} if name is None else {"name": name}
 
 
-def locate(loc: tuple[str | int, ...], data: Any) -> tuple[KeyPath, list[type[Block]]]:
-    """The path of keys for a location that pydantic reports, which also holds the names that chose a union's member.
+@dataclass(frozen=True)
+class Place:
+    """Where pydantic found something: the path of keys, the blocks around the last key and those that may stand at it.
 
-    Returns:
-        The path, and the blocks that the last key belongs to (one, unless the name there chooses none).
+    `around` has one entry, and `here` several where a name chooses among them.
     """
+
+    path: KeyPath
+    around: list[type[Block]]
+    here: list[type[Block]]
+
+
+def locate(loc: tuple[str | int, ...]) -> Place:
+    """The place of a pydantic location, which also holds the names that chose a union's member."""
     path: list[str | int] = []
     around: list[type[Block]] = []
     here: list[type[Block]] = [JobSpec]
@@ -111,4 +127,4 @@ def locate(loc: tuple[str | int, ...], data: Any) -> tuple[KeyPath, list[type[Bl
         path.append(part)
         if isinstance(part, str):
             around, here = here, blocks_under(here[0], part) if here else []
-    return tuple(path), around
+    return Place(tuple(path), around, here)

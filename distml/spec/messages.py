@@ -51,21 +51,22 @@ _PATTERNS = {
 }
 
 
-def problems_of(error: ValidationError, data: Any) -> list[Problem]:
-    """Every finding of pydantic as a problem with a path into `data`."""
-    return [_problem(dict(found), data) for found in error.errors(include_url=False)]
+def problems_of(error: ValidationError) -> list[Problem]:
+    """Every finding of pydantic as a problem with a path into the spec."""
+    return [_problem(dict(found)) for found in error.errors(include_url=False)]
 
 
-def _problem(found: dict[str, Any], data: Any) -> Problem:
-    path, around = locate(found["loc"], data)
+def _problem(found: dict[str, Any]) -> Problem:
+    place = locate(found["loc"])
+    path = place.path
     kind, value, context = found["type"], found["input"], found.get("ctx", {})
     name = dotted(path)
     if kind == "extra_forbidden":
-        return Problem(_unknown_key(path, around), (path,))
+        return Problem(_unknown_key(path, place.around), (path,))
     if kind == "missing":
         return Problem(f"the key {path[-1]!r} is missing{_inside(path)}; add it", (path[:-1],), "value")
     if kind in ("union_tag_invalid", "union_tag_not_found", "model_type", "model_attributes_type"):
-        return _bad_block(path, value)
+        return _bad_block(path, place.here, value)
     if kind == "literal_error":
         known = _quoted(context["expected"])
         if path[-1] == "name" and isinstance(value, str):
@@ -99,9 +100,8 @@ def _unknown_key(path: KeyPath, around: list[type[Block]]) -> str:
     return f"unknown key {shorten(path[-1])}{_inside(path)}; {hint}"
 
 
-def _bad_block(path: KeyPath, value: Any) -> Problem:
+def _bad_block(path: KeyPath, here: list[type[Block]], value: Any) -> Problem:
     """A block that is no mapping, or whose name chooses none of those that may stand here."""
-    _, here = locate((*path, "name"), None)
     known = [name for block in here for name in names_of(block)]
     if not isinstance(value, dict):
         what = "a name or a mapping" if known else "a mapping"

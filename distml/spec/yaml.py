@@ -150,7 +150,9 @@ def plain(value: Any, start: Position, path: KeyPath = ()) -> Any:
         if isinstance(value, kind):
             _check_scalar(value, start)
             return kind(value)
-    raise start.error(f"{dotted(path)} must be a value that YAML can hold, got a {type(value).__name__}")
+    raise start.error(
+        f"{dotted(path)} must be a value that YAML can hold, got an object of class {type(value).__name__}"
+    )
 
 
 def dump(data: Mapping[str, Any]) -> str:

@@ -1,0 +1,78 @@
+"""Which task trains under which strategy: what the one needs against what the other offers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from distml.spec.blocks import blocks_under, names_of
+from distml.spec.schema import JobSpec, OwnTaskSpec, ParameterServerSpec, StrategyBlock, TaskBlock
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pair of the matrix.
+
+    Args:
+        task: the task's name.
+        strategy: a strategy block that is valid in a job.
+        reason: why the pair is refused; None: it trains.
+    """
+
+    task: str
+    strategy: StrategyBlock
+    reason: str | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether a job of this pair is accepted."""
+        return self.reason is None
+
+
+def built_in_tasks() -> dict[str, type[TaskBlock]]:
+    """The tasks that a spec can name, a user's own aside."""
+    blocks = [block for block in blocks_under(JobSpec, "task") if block is not OwnTaskSpec]
+    return {name: block for block in blocks for name in names_of(block) if issubclass(block, TaskBlock)}
+
+
+def strategy_variants() -> list[StrategyBlock]:
+    """Every strategy, those with a `mode` once per mode."""
+    variants: list[StrategyBlock] = []
+    for block in blocks_under(JobSpec, "strategy"):
+        for name in names_of(block):
+            modes = get_args(block.model_fields["mode"].annotation) if "mode" in block.model_fields else ()
+            values: list[dict[str, Any]] = [{"name": name, "mode": mode} for mode in modes] or [{"name": name}]
+            for value in values:
+                if block is ParameterServerSpec and value["mode"] == "ssp":
+                    value["max_staleness"] = 4
+                strategy = block.model_validate(value)
+                assert isinstance(strategy, StrategyBlock)
+                variants.append(strategy)
+    return variants
+
+
+def refusal(task: str, needs: frozenset[str], strategy: StrategyBlock) -> str | None:
+    """Why a task does not train under a strategy, naming those that would do; None where it does."""
+    missing = sorted(needs - strategy.offers)
+    if not missing:
+        return None
+    fitting = ", ".join(other.label for other in strategy_variants() if needs <= other.offers) or "none"
+    return (
+        f"task {task} needs {' and '.join(missing)}, which {strategy.label} does not offer; "
+        f"strategies that do: {fitting}"
+    )
+
+
+def matrix(extra: Iterable[tuple[str, frozenset[str]]] = ()) -> list[Cell]:
+    """Every pair of task and strategy.
+
+    Args:
+        extra: further tasks as (name, needs).
+    """
+    tasks = [*((name, block.needs) for name, block in built_in_tasks().items()), *extra]
+    return [
+        Cell(name, strategy, refusal(name, needs, strategy))
+        for name, needs in tasks
+        for strategy in strategy_variants()
+    ]

@@ -1,0 +1,165 @@
+"""Rules across the spec's keys: each says the values and the fix, none repairs anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from distml.spec.matrix import refusal
+from distml.spec.messages import Problem
+from distml.spec.schema import (
+    JobSpec,
+    OwnTaskSpec,
+    ParameterServerSpec,
+    ScheduleSpec,
+    SGDSpec,
+    SingleSpec,
+    StrategyBlock,
+)
+
+MAX_SERVERS = 64
+
+TRANSPORTS: dict[str, tuple[str, ...]] = {
+    "single": ("auto",),
+    "all_reduce": ("auto", "process_group"),
+    "parameter_server": ("auto", "object_store"),
+}
+
+
+def check_rules(job: JobSpec, own_needs: frozenset[str] | None = None) -> Iterator[Problem]:
+    """Every rule across keys that the job breaks.
+
+    Args:
+        job: valid key by key.
+        own_needs: what a user's own task says that it needs, where that is known.
+    """
+    yield from _strategy(job)
+    yield from _needs(job, own_needs)
+    yield from _batch(job)
+    yield from _optimizer(job)
+    yield from _schedule(job, job.optimizer.schedule)
+    yield from _stop(job)
+    yield from _inline(job)
+
+
+def _strategy(job: JobSpec) -> Iterator[Problem]:
+    strategy, workers = job.strategy, job.resources.workers
+    if isinstance(strategy, SingleSpec) and workers > 1:
+        yield Problem(
+            f"strategy single has one worker, resources.workers is {workers}; "
+            "set workers to 1 or strategy to all_reduce",
+            (("resources", "workers"), ("strategy",)),
+        )
+    if isinstance(strategy, ParameterServerSpec):
+        if strategy.mode == "ssp" and strategy.max_staleness is None:
+            yield Problem(
+                "mode ssp needs strategy.max_staleness, the bound in versions; add it, for example max_staleness: 4",
+                (("strategy", "mode"),),
+            )
+        if strategy.mode != "ssp" and strategy.max_staleness is not None:
+            yield Problem(
+                f"max_staleness {strategy.max_staleness} is for mode ssp, the mode is {strategy.mode}; "
+                "remove it or set mode: ssp",
+                (("strategy", "max_staleness"),),
+            )
+        if strategy.servers > MAX_SERVERS:
+            yield Problem(
+                f"strategy.servers is {strategy.servers}, at most {MAX_SERVERS} are possible; lower it",
+                (("strategy", "servers"),),
+            )
+    fitting = TRANSPORTS[strategy.name]
+    if job.transport not in fitting:
+        yield Problem(
+            f"transport {job.transport} does not fit strategy {strategy.name}; use {' or '.join(fitting)}",
+            (("transport",),),
+        )
+
+
+def _needs(job: JobSpec, own_needs: frozenset[str] | None) -> Iterator[Problem]:
+    needs = (own_needs or frozenset()) if isinstance(job.task, OwnTaskSpec) else job.task.needs
+    strategy: StrategyBlock = job.strategy
+    reason = refusal(job.task.name, needs, strategy)
+    if reason is not None:
+        yield Problem(reason, (("strategy",), ("task",)))
+
+
+def _batch(job: JobSpec) -> Iterator[Problem]:
+    workers, batch_size = job.resources.workers, job.batch_size
+    if batch_size < workers:
+        yield Problem(
+            f"batch_size {batch_size} is shared out over {workers} workers, each needs at least one example; "
+            f"set batch_size to at least {workers} or lower resources.workers",
+            (("batch_size",), ("resources", "workers")),
+        )
+    share = math.ceil(batch_size / workers)
+    if job.micro_batch_size is not None and job.micro_batch_size > share:
+        yield Problem(
+            f"micro_batch_size {job.micro_batch_size} is larger than a worker's share of the batch, "
+            f"{share} (batch_size {batch_size} / {workers} workers); set at most {share} or null",
+            (("micro_batch_size",),),
+        )
+
+
+def _optimizer(job: JobSpec) -> Iterator[Problem]:
+    optimizer = job.optimizer
+    if isinstance(optimizer, SGDSpec) and optimizer.nesterov and optimizer.momentum == 0:
+        yield Problem(
+            "nesterov: true needs momentum, optimizer.momentum is 0; set it, for example momentum: 0.9",
+            (("optimizer", "nesterov"),),
+        )
+
+
+def _schedule(job: JobSpec, schedule: ScheduleSpec) -> Iterator[Problem]:
+    here, stop = ("optimizer", "schedule"), job.stop
+    ramp = schedule.name in ("linear", "cosine")
+    if ramp and schedule.steps is None and stop.steps is None and stop.examples is None and stop.epochs is None:
+        yield Problem(
+            f"schedule {schedule.name} must know where it ends; set optimizer.schedule.steps, "
+            "or one of stop.steps, stop.examples, stop.epochs",
+            ((*here, "name"),),
+        )
+    if schedule.name == "step" and schedule.every is None:
+        yield Problem(
+            "schedule step needs optimizer.schedule.every, the steps between two falls; add it", ((*here, "name"),)
+        )
+    # A setting that the chosen schedule never reads would look as if it did something.
+    for key, readers in (("steps", ("linear", "cosine")), ("final", ("linear", "cosine")), ("every", ("step",)),
+                         ("factor", ("step",))):  # fmt: skip
+        value = getattr(schedule, key)
+        if schedule.name not in readers and value != ScheduleSpec.model_fields[key].default:
+            yield Problem(
+                f"schedule.{key} {value} is for schedule {' and '.join(readers)}, the schedule is {schedule.name}; "
+                "remove it or change the schedule's name",
+                ((*here, key),),
+            )
+    if stop.steps is not None and schedule.warmup > stop.steps:
+        yield Problem(
+            f"schedule.warmup {schedule.warmup} is longer than the run, stop.steps {stop.steps}; lower it",
+            ((*here, "warmup"),),
+        )
+
+
+def _stop(job: JobSpec) -> Iterator[Problem]:
+    stop = job.stop
+    if stop.steps is None and stop.examples is None and stop.epochs is None and stop.seconds is None:
+        yield Problem("stop has no budget; set one of steps, examples, epochs, seconds", (("stop",),))
+    goal = stop.goal
+    if goal is not None and (goal.at_least is None) == (goal.at_most is None):
+        found = "neither at_least nor at_most" if goal.at_least is None else "both at_least and at_most"
+        yield Problem(f"stop.goal has {found}; give exactly one of them", (("stop", "goal"),))
+
+
+def _inline(job: JobSpec) -> Iterator[Problem]:
+    speeds, workers = job.inline.speeds, job.resources.workers
+    if speeds is None:
+        return
+    here = (("inline", "speeds"),)
+    if job.strategy.is_synchronous:
+        label = job.strategy.label
+        yield Problem(
+            f"inline.speeds is for async and ssp, under {label} all workers wait for each other; remove it", here
+        )
+    if len(speeds) != workers:
+        yield Problem(
+            f"inline.speeds has {len(speeds)} entries, resources.workers is {workers}; give one speed per worker", here
+        )
