@@ -21,6 +21,8 @@ from distml.errors import UsageError
 from distml.spec.schema import ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec
 from distml.tasks.base import Task
 
+PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
+
 
 class SourceTree:
     """The user's Python files that a task's module needs: relative path -> text, and the folder they came from."""
@@ -159,7 +161,6 @@ def describe(error: BaseException) -> str:
     """An exception in one line, with the innermost file and line that it comes from outside the libraries."""
     message = " ".join(str(error).split()) or "no message"
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and f"{os.sep}distml{os.sep}" not in f.filename
-           and not f.filename.startswith("<")]
+    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith((PACKAGE, "<"))]
     where = f" ({os.path.basename(own[-1].filename)}:{own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {message[:500]}{where}"

@@ -1,0 +1,310 @@
+"""The command line: each verb reads its arguments here and does its work elsewhere.
+
+What a verb needs is imported when it runs, so that checking, listing and help start without torch and ray.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from distml import __version__
+from distml.errors import DistmlError, ExitCode
+from distml.spec.yaml import one_line
+
+P = ParamSpec("P")
+BROKEN_PIPE = 141  # what a shell reports for a program that wrote to a closed pipe
+
+app = typer.Typer(
+    name="distml",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Write what is learned once; choose in one line of YAML how its gradients travel.",
+)
+
+
+class RuntimeName(str, Enum):
+    """Who runs where."""
+
+    INLINE = "inline"
+    RAY = "ray"
+
+
+class Listing(str, Enum):
+    """What `list` can show."""
+
+    TASKS = "tasks"
+    STRATEGIES = "strategies"
+    JOBS = "jobs"
+    MATRIX = "matrix"
+
+
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A spec's file, or a shipped job's name.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec; repeatable.")
+]
+
+
+# --------------------------------------------------------------------------------------------------- errors and exits
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; every error is one line on stderr.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+    """
+    try:
+        code = app(args=None if arguments is None else list(arguments), prog_name="distml", standalone_mode=False)
+        return int(code or 0)
+    except typer.Abort:
+        return int(ExitCode.INTERRUPTED)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            return _report(error, None, debug=False)
+        return _fail(f"{error.format_message()}; see distml --help", ExitCode.USAGE)
+
+
+def _verb(function: Callable[P, int | None]) -> Callable[P, int]:
+    """Turn whatever a verb raises into one line and an exit code."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
+        out, debug = kwargs.get("out"), kwargs.get("debug")
+        try:
+            code = function(*args, **kwargs)
+            sys.stdout.flush()
+            return int(code or 0)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            return _report(error, out if isinstance(out, Path) else None, debug=bool(debug))
+
+    return guarded
+
+
+def _report(error: Exception, run_directory: Path | None, *, debug: bool) -> int:
+    if isinstance(error, BrokenPipeError):
+        # The reader has left: without this the interpreter would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    if isinstance(error, DistmlError):
+        return _fail(str(error), error.exit_code)
+    trace = "".join(traceback.format_exception(error))
+    if debug:
+        print(trace, end="", file=sys.stderr)
+    kept = _keep(trace, run_directory)
+    line = f"defect: {type(error).__name__}: {error}"
+    print(one_line(line) + (f" (traceback in {kept})" if kept else ""), file=sys.stderr)
+    return int(ExitCode.DEFECT)
+
+
+def _keep(trace: str, run_directory: Path | None) -> Path | None:
+    """Write a traceback into the run directory if there is one, else into a temporary file."""
+    try:
+        folder = run_directory if run_directory is not None and run_directory.is_dir() else None
+        handle, name = tempfile.mkstemp(prefix="distml-defect-", suffix=".txt", dir=folder)
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(trace)
+        return Path(name)
+    except OSError:  # a full disk must not hide the defect itself
+        return None
+
+
+def _fail(message: str, code: ExitCode) -> int:
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    return int(code)
+
+
+# ------------------------------------------------------------------------------------------------- checking and listing
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"distml {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(int(ExitCode.USAGE))
+
+
+@app.command()
+@_verb
+def validate(
+    specs: Annotated[list[str], typer.Argument(metavar="SPEC...", help="Files, or shipped jobs' names.")],
+) -> int:
+    """Check specs: one line each, without starting anything."""
+    from distml.errors import UsageError
+    from distml.spec.loader import load_spec
+
+    code = ExitCode.DONE
+    for spec in specs:
+        try:
+            loaded = load_spec(spec)
+        except UsageError as error:
+            code = ExitCode(_fail(str(error), ExitCode.USAGE))
+        else:
+            job = loaded.job
+            print(f"{loaded.path}: ok ({job.name}, {job.task.name}, {job.strategy.label})")
+    return code
+
+
+@app.command()
+@_verb
+def schema() -> None:
+    """Print the spec's JSON schema, for editors."""
+    from distml.spec.json_schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command("list")
+@_verb
+def list_(what: Annotated[Listing, typer.Argument(help="What to list.")]) -> None:
+    """List what a spec can name, or which task trains under which strategy."""
+    from distml.spec import listings
+
+    rows = {
+        Listing.TASKS: listings.tasks,
+        Listing.STRATEGIES: listings.strategies,
+        Listing.JOBS: listings.jobs,
+        Listing.MATRIX: listings.pairs,
+    }[what]()
+    _print_table(rows[0], rows[1:])
+
+
+def _print_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """A framed table on a terminal; elsewhere aligned columns, one line per row, nothing cut."""
+    lines = [header, *rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*header)
+        for row in lines[1:]:
+            table.add_row(*row)
+        Console(markup=False).print(table)
+        return
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+@app.command()
+@_verb
+def new(name: Annotated[str, typer.Argument(metavar="NAME", help="A Python identifier.")]) -> None:
+    """Write a starter task NAME.py and its spec NAME.yaml into the current directory."""
+    from distml.spec.starter import write_starter
+
+    code, spec = write_starter(name, Path.cwd())
+    print(f"wrote {code.name} and {spec.name}; next: distml run {spec.name}")
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+@app.command()
+@_verb
+def run(
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; by default runs/NAME.")] = None,
+    runtime: Annotated[RuntimeName | None, typer.Option(help="By default inline for one worker, else ray.")] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an existing run directory aside.")] = False,
+    inject: Annotated[list[str] | None, typer.Option(help="A fault, as kill:rank=1,step=50; repeatable.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of a defect.")] = False,
+) -> int:
+    """Run a job; in a directory with an unfinished run of it, continue that."""
+    from distml.launch.run import run_command
+
+    code: int = run_command(
+        spec=spec,
+        overrides=list(overrides or ()),
+        out=out,
+        runtime=None if runtime is None else runtime.value,
+        address=address,
+        fresh=fresh,
+        inject=list(inject or ()),
+        debug=debug,
+    )
+    return code
+
+
+@app.command()
+@_verb
+def show(run: RunArgument) -> int | None:
+    """Print a run's result and write its report.html."""
+    from distml.runs.report import show as show_run
+
+    code: int | None = show_run(run)
+    return code
+
+
+@app.command()
+@_verb
+def compare(
+    sources: Annotated[list[str], typer.Argument(metavar="RUN...|SPEC", help="Run directories, or one spec.")],
+    vary: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=A,B,...", help="Run the spec once per value; repeatable.")
+    ] = None,
+    overrides: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Where the runs, the table and the picture go.")] = None,
+) -> int | None:
+    """Compare runs: loss against seconds, examples and bytes, as one table and one picture."""
+    from distml.launch.compare import compare_command
+
+    code: int | None = compare_command(sources=sources, vary=list(vary or ()), overrides=list(overrides or ()), out=out)
+    return code
+
+
+@app.command()
+@_verb
+def evaluate(
+    run: RunArgument,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+) -> int | None:
+    """Print the scores of a run's best checkpoint on a split."""
+    from distml.launch.evaluate import evaluate_command
+
+    code: int | None = evaluate_command(run=run, split=split)
+    return code
+
+
+@app.command()
+@_verb
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    format: Annotated[str, typer.Option(help="safetensors.")] = "safetensors",
+) -> int | None:
+    """Write a run's weights in a form that needs no distml."""
+    from distml.launch.evaluate import export_command
+
+    code: int | None = export_command(run=run, format=format, out=out)
+    return code
+
+
+@app.command()
+@_verb
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The measurement.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> int | None:
+    """Measure side by side with peers, as ratios from one invocation."""
+    from distml.bench import bench_command  # type: ignore[attr-defined, unused-ignore]
+
+    code: int | None = bench_command(name, json=as_json)
+    return code

@@ -1,0 +1,89 @@
+"""What a worker tells the driver, in order: plain values and NumPy arrays, no torch.
+
+Every event names the rank it comes from and the version of the weights it is about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Report:
+    """Sums since this worker's last report.
+
+    Attributes:
+        means: name -> (total, count), the task's losses and metrics.
+        values: what is not a mean over examples (learning rate, seconds, bytes ...).
+    """
+
+    rank: int
+    version: int
+    examples: int
+    fraction: float
+    train_seconds: float
+    means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Evaluated:
+    """`metrics` of the validation split at `version`, reduced over the workers; from one rank only."""
+
+    rank: int
+    version: int
+    metrics: dict[str, float]
+    seconds: float
+    finished: str | None
+
+
+@dataclass
+class Snapshot:
+    """This worker's state at `version`.
+
+    Attributes:
+        own: position of the stream, random states, meter, seconds; JSON values and arrays.
+        shared: weights, moments, carried tensors, clock; from one rank, None where servers hold them.
+        carried: for the rank that speaks for the servers' state: the buffers that belong to it.
+        checkpoint: it is to be written, not only kept for recovery.
+    """
+
+    rank: int
+    version: int
+    own: dict[str, Any]
+    shared: dict[str, Any] | None
+    carried: dict[str, Any] | None
+    checkpoint: bool
+
+
+@dataclass
+class Finished:
+    """This worker's loop is over: `reason` is a budget, "goal", "patience" or "requested"."""
+
+    rank: int
+    version: int
+    reason: str
+
+
+@dataclass
+class Failed:
+    """The user's code or data failed; a restart would fail again."""
+
+    rank: int
+    version: int
+    phase: str
+    message: str
+    traceback: str
+
+
+@dataclass
+class Interrupted:
+    """An exchange ended because a peer is gone; the worker waits to be told how to go on."""
+
+    rank: int
+    version: int
+    message: str
+
+
+Event = Report | Evaluated | Snapshot | Finished | Failed | Interrupted

@@ -1,0 +1,102 @@
+"""What strategies need of whoever carries their bytes: two Protocols that every runtime implements.
+
+`Group` joins equal ranks (a collective); `Channel` joins workers to parameter servers. Every wait in an implementation
+has a timeout whose message names what was awaited, and ends with `PeerLost` when a peer is gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from distml.exchange.layout import Array
+
+
+class PeerLost(Exception):  # noqa: N818 (it names what happened, and is no defect of the process that raises it)
+    """An exchange ended because a peer died, was lost or asked everyone to stop; the runtime decides what follows."""
+
+
+class Group(Protocol):
+    """Equal ranks."""
+
+    rank: int
+    size: int
+    bytes_sent: int
+
+    def all_reduce(self, vector: Tensor) -> None:
+        """Replace `vector` by its sum over all ranks."""
+        ...
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        """Every rank's payload, in rank order."""
+        ...
+
+
+@dataclass
+class Head:
+    """What goes to the clock with a gradient: who pushes, what it was computed from, and what is carried along."""
+
+    rank: int
+    ticket: int
+    phase: int
+    read_version: int
+    count: float
+    vote: float = 0.0
+    carried: Array | None = None
+    integers: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass
+class Reply:
+    """The state of the servers after a worker's gradient was applied.
+
+    Attributes:
+        version: of the weights.
+        examples: consumed so far over all workers.
+        staleness: versions between reading and applying this gradient.
+        grad_norm: of the applied mean gradient, where it was needed.
+        finished: why the run is over, or None.
+        duties: what this worker does at this version: "evaluate", "snapshot".
+        carried: the workers' average, for whoever has a duty.
+    """
+
+    version: int
+    examples: int
+    updates: int = 0
+    staleness: int = 0
+    grad_norm: float | None = None
+    finished: str | None = None
+    duties: tuple[str, ...] = ()
+    carried: Array | None = None
+    integers: dict[str, Array] = field(default_factory=dict)
+
+
+class Channel(Protocol):
+    """A worker's way to the servers."""
+
+    bytes_sent: int
+
+    def exchange(self, head: Head, gradient: Tensor, weights: Tensor) -> Reply:
+        """Push one phase's gradient (whole vector of the phase), wait until it is applied, overwrite `weights` [N]."""
+        ...
+
+    def join(self, weights: Tensor) -> Reply:
+        """Take part from now on: overwrite `weights` [N] by the newest version."""
+        ...
+
+    def leave(self) -> None:
+        """Take no part until the next `join`: nobody waits for this worker."""
+        ...
+
+    def judge(self, version: int, metrics: dict[str, float]) -> str | None:
+        """Report an evaluation of `version`; why the run is over by it, or None."""
+        ...
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        """Every worker's payload, in rank order (synchronous mode only)."""
+        ...
+
+
+State = dict[str, Any]

@@ -1,0 +1,148 @@
+"""A model's trained parameters as views of one flat vector, and their gradients as views of another.
+
+The gradient vector has `TAIL` more elements behind each phase: what travels together with the sum of the gradients is
+the count it is over, and votes. One reduction carries all of it.
+
+Shapes: N trained elements, P phases; weights [N], gradients [N + P · TAIL].
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distml.exchange.layout import Array, Layout
+
+TAIL = 2
+COUNT, VOTE = 0, 1
+
+
+class FlatModel:
+    """Owns the storage of a model's trained parameters; the model's own tensors become views of it.
+
+    Args:
+        model: on its device; parameters with `requires_grad` and a floating type are the trained ones.
+        phase_patterns: shell patterns; the first that matches a parameter's name owns it.
+        group_patterns: likewise for parameter groups; what matches none is group 0, the k-th pattern is group k + 1.
+
+    Raises:
+        ValueError: nothing to train, or parameters of several types.
+    """
+
+    def __init__(self, model: nn.Module, phase_patterns: Sequence[str], group_patterns: Sequence[str] = ()) -> None:
+        self.model = model
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+        types = {parameter.dtype for parameter in trained.values()}
+        if len(types) != 1:
+            raise ValueError(
+                f"trained parameters must have one type, not {sorted(map(str, types))}" if types
+                else "the model has no parameter to train (requires_grad)"
+            )
+        rows = []
+        for name, parameter in trained.items():
+            phase = _first_match(name, phase_patterns)
+            if phase is None:
+                raise ValueError(f"parameter {name!r} matches no phase's pattern {list(phase_patterns)}; freeze it or add it")
+            group = _first_match(name, group_patterns)
+            rows.append((name, tuple(parameter.shape), phase, 0 if group is None else group + 1))
+        self.layout = Layout.build(rows)
+        self.num_phases = len(phase_patterns)
+        some = next(iter(trained.values()))
+        self.weights = torch.empty(self.layout.numel, dtype=some.dtype, device=some.device)
+        self.gradients = torch.zeros(self.layout.numel + TAIL * self.num_phases, dtype=some.dtype, device=some.device)
+        self.parameters = [trained[entry.name] for entry in self.layout.entries]
+        self._bind()
+
+    def _bind(self) -> None:
+        for entry, parameter in zip(self.layout.entries, self.parameters, strict=True):
+            view = self.weights[entry.offset : entry.offset + entry.numel].view(entry.shape)
+            view.copy_(parameter.data)
+            parameter.data = view
+            start = entry.offset + TAIL * entry.phase
+            parameter.grad = self.gradients[start : start + entry.numel].view(entry.shape)
+
+    def phase_weights(self, phase: int) -> Tensor:
+        """The weights of one phase (a view)."""
+        start, stop = self.layout.phase_range(phase)
+        return self.weights[start:stop]
+
+    def phase_message(self, phase: int) -> Tensor:
+        """Gradients and tail of one phase (a view): what a reduction sums."""
+        start, stop = self.layout.phase_range(phase)
+        return self.gradients[start + TAIL * phase : stop + TAIL * (phase + 1)]
+
+    def select_phase(self, phase: int) -> None:
+        """Let only this phase's parameters take gradients: another phase's are constants of its loss."""
+        if self.num_phases > 1:
+            for entry, parameter in zip(self.layout.entries, self.parameters, strict=True):
+                parameter.requires_grad_(entry.phase == phase)
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Parameters that are not trained."""
+        trained = {entry.name for entry in self.layout.entries}
+        return {name: p.data for name, p in self.model.named_parameters() if name not in trained}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and values of all that must be equal on every rank at the start."""
+        digest = hashlib.sha256(repr([(e.name, e.shape, e.phase, e.group) for e in self.layout.entries]).encode())
+        digest.update(to_numpy(self.weights).tobytes())
+        for name, tensor in sorted(self.frozen().items()):
+            digest.update(name.encode() + to_numpy(tensor).tobytes())
+        return digest.hexdigest()
+
+
+class Carried:
+    """Buffers: not trained but part of the model. Floating ones are averaged by count, integer ones are rank 0's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        persistent = model.state_dict()
+        self.tensors = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
+        self.floating = [name for name, tensor in self.tensors.items() if tensor.is_floating_point()]
+
+    def average_vector(self) -> Tensor:
+        """All floating buffers end to end (float64)."""
+        pieces = [self.tensors[name].detach().reshape(-1).double() for name in self.floating]
+        return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
+
+    def set_average(self, vector: Tensor) -> None:
+        """Write what `average_vector` has the order of."""
+        offset = 0
+        for name in self.floating:
+            tensor = self.tensors[name]
+            tensor.copy_(vector[offset : offset + tensor.numel()].view(tensor.shape))
+            offset += tensor.numel()
+
+    def arrays(self) -> dict[str, Array]:
+        """Copies of all buffers."""
+        return {name: to_numpy(tensor).copy() for name, tensor in self.tensors.items()}
+
+    def integers(self) -> dict[str, Array]:
+        """Copies of the buffers that are not averaged."""
+        return {name: to_numpy(self.tensors[name]).copy() for name in self.tensors if name not in self.floating}
+
+    def load(self, arrays: dict[str, Array]) -> None:
+        """Overwrite the buffers that `arrays` names."""
+        for name, array in arrays.items():
+            if name in self.tensors:
+                self.tensors[name].copy_(from_numpy(array))
+
+
+def _first_match(name: str, patterns: Sequence[str]) -> int | None:
+    return next((index for index, pattern in enumerate(patterns) if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """A tensor as a NumPy array, sharing memory where it can; bfloat16 is widened to float32 (exactly)."""
+    tensor = tensor.detach().cpu()
+    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def from_numpy(array: Array) -> Tensor:
+    """A NumPy array as a tensor; read-only memory (Ray's object store) is copied, so that nobody writes into it."""
+    return torch.from_numpy(array if array.flags.writeable else np.array(array))

@@ -1,0 +1,283 @@
+"""The worker's loop: one text for every task, every strategy and both runtimes.
+
+`Trainer.advance` is the file's heart: a generator that trains and yields `Event`s. Between two of them its state can
+be taken or replaced, in two halves: *shared* (weights, moments, version) and *own* (stream position, random states,
+sums since the last report). It consumes a task's batches and a strategy's exchange, produces events for the driver,
+and waits only inside `strategy.exchange`; when a peer is gone that wait ends with `PeerLost`, and the runtime decides.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from distml.errors import UsageError
+from distml.events import Evaluated, Event, Finished, Report, Snapshot
+from distml.exchange.channel import Channel, Group
+from distml.exchange.flat import from_numpy, to_numpy
+from distml.exchange.layout import Array
+from distml.inject import Injector
+from distml.spec.schema import JobSpec
+from distml.strategies.agenda import crossed
+from distml.strategies.base import Meter
+from distml.strategies.build import build_strategy
+from distml.tasks.base import Mean, Part, Stream, Task
+from distml.tasks.data import Batch, DatasetStream, check_dataset, length, map_tensors, micro_batches, mix, to_device
+
+BEGINS_ANEW = "begins anew"
+TENSOR = "__tensor__"
+
+
+class Trainer:
+    """One worker: a task, its stream, and the strategy's half.
+
+    Args:
+        job: the spec.
+        task: what is learned.
+        rank: of this worker.
+        world_size: workers.
+        device: where the replica lives.
+        snapshot_every: steps between snapshots for recovery; None: only checkpoints.
+        injections: failures to cause, as `--inject` gives them.
+    """
+
+    def __init__(
+        self, job: JobSpec, task: Task, rank: int, world_size: int, device: torch.device | None = None,
+        snapshot_every: int | None = None, injections: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.job, self.task, self.rank, self.world_size = job, task, rank, world_size
+        self.device = device or torch.device("cpu")
+        self.activity = "start"
+        self.strategy = build_strategy(job, rank, world_size, self.device, snapshot_every)
+        self.injector = Injector(injections, role="rank", index=rank)
+        self.speaks = False  # whether this worker's evaluations and shared state are the ones that count
+
+    def build(self, start_weights: Mapping[str, Array] | None = None) -> nn.Module:
+        """Build stream and replica.
+
+        Raises:
+            UsageError: the task or `init` does not fit.
+        """
+        self.stream, dataset_size = self._build_stream()
+        self.model = self.strategy.prepare(self.task, start_weights, dataset_size)
+        seed = mix(self.job.seed, self.rank, 1)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        return self.model
+
+    def _build_stream(self) -> tuple[Stream, int | None]:
+        job, version = self.job, self.strategy.progress.version
+        share = job.batch_size * (self.rank + 1) // self.world_size - job.batch_size * self.rank // self.world_size
+        part = Part(self.rank, self.world_size, mix(job.seed, self.rank, version), "train", share, device=self.device)
+        stream = self.task.stream(part)
+        if stream is not None:
+            if job.stop.epochs is not None:
+                raise UsageError("stop.epochs needs a task with data(split); this one has a stream of its own")
+            return stream, None
+        dataset = self.task.data("train")
+        check_dataset(dataset, "train")
+        return DatasetStream(dataset, job.seed, job.batch_size, self.rank, self.world_size), length(dataset)
+
+    def connect(self, group: Group | None, channel: Channel | None) -> None:
+        """Take the way to the other processes."""
+        self.strategy.connect(group, channel)
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+    def advance(self, until: int | None = None) -> Iterator[Event]:
+        """Train until `until` steps or the end of the run, yielding what the driver should know."""
+        strategy = self.strategy
+        strategy.rejoin()
+        strategy.mark()
+        while strategy.finished is None and (until is None or strategy.progress.version < until):
+            before = strategy.progress.version
+            self.injector.reach(before)
+            batch = self._next_batch()
+            for phase in strategy.phases:
+                for micro_batch in micro_batches(batch, self.job.micro_batch_size):
+                    self.activity = "loss"
+                    loss = self.injector.spoil(strategy.loss(phase, micro_batch), before)
+                    self.activity = "backward"
+                    strategy.backward(loss)
+                self.activity = "exchange"
+                strategy.exchange(phase)
+            self.activity = "after_update"
+            strategy.step()
+            yield from self._after_step(before)
+        if strategy.finished is not None:
+            yield Finished(self.rank, strategy.progress.version, strategy.finished)
+
+    def _next_batch(self) -> Batch:
+        self.activity = "stream"
+        return to_device(self.stream.next(self.model, self.strategy.progress), self.device)
+
+    def _after_step(self, before: int) -> Iterator[Event]:
+        strategy, duties = self.strategy, self.strategy.duties
+        version = strategy.progress.version
+        if crossed(before, version, self.job.log.every) or strategy.finished is not None:
+            yield self._report()
+        if not duties:
+            return
+        synchronous = self.job.strategy.is_synchronous
+        self.speaks = not synchronous or self.rank == 0
+        if "evaluate" in duties or "checkpoint" in duties:
+            self.activity = "evaluate"
+            strategy.average_carried()
+        if "evaluate" in duties:
+            started = time.perf_counter()
+            metrics = self.evaluate("validation")
+            strategy.judge(metrics)
+            if self.speaks:
+                yield Evaluated(self.rank, version, metrics, time.perf_counter() - started, strategy.finished)
+        if strategy.agenda.captures(duties):
+            self.activity = "checkpoint"
+            yield self._snapshot("checkpoint" in duties or strategy.finished is not None)
+        if "evaluate" in duties and not synchronous:
+            strategy.rejoin()
+        strategy.mark()
+
+    def _report(self) -> Report:
+        meter, strategy = self.strategy.meter, self.strategy
+        steps = max(1, meter.steps)
+        values = {
+            "lr": strategy.learning_rate(), "steps": float(meter.steps), "examples": meter.examples,
+            "compute_s": meter.compute_s / steps, "exchange_s": meter.exchange_s / steps,
+            "bytes": float(meter.bytes_sent), "staleness_total": float(meter.staleness_total),
+            "staleness_max": float(meter.staleness_max), "memory_bytes": resident_bytes(),
+        }  # fmt: skip
+        if meter.grad_norm is not None:
+            values["grad_norm"] = meter.grad_norm
+        means = {name: (mean.total, mean.count) for name, mean in meter.means.items()}
+        self.strategy.meter = Meter()
+        progress = strategy.progress
+        return Report(self.rank, progress.version, progress.examples, progress.fraction, strategy.train_seconds,
+                      means, values)  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------ evaluation
+    def evaluate(self, split: str) -> dict[str, float]:
+        """The task's evaluation of `split`, reduced over the workers that take part, as `eval/NAME`."""
+        with self.strategy.evaluating() as (index, count):
+            means = self.strategy.reduce_means(self.evaluate_part(split, index, count))
+        prefix = "eval" if split == "validation" else split
+        return {f"{prefix}/{name}": mean.value for name, mean in sorted(means.items())}
+
+    def evaluate_part(self, split: str, index: int, count: int) -> dict[str, Mean]:
+        """Sums and counts of one part; training's random states are left as they were."""
+        dataset = self.task.data(split) if type(self.task).data is not Task.data else None
+        seed = mix(self.job.seed, index, 2)
+        part = Part(index, count, seed, split, dataset=dataset, device=self.device)
+        states = random_states()
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                means = self.task.evaluate(self.model, part, self.strategy.progress)
+        finally:
+            self.model.train()
+            set_random_states(states)
+        for name, mean in means.items():
+            if not isinstance(mean, Mean):
+                raise TypeError(f"evaluate must return distml.Mean(total, count) values; {name!r} is {type(mean).__name__}")
+        return means
+
+    # ----------------------------------------------------------------------------------------------------------- state
+    def _snapshot(self, checkpoint: bool) -> Snapshot:
+        strategy = self.strategy
+        if not bool(torch.isfinite(strategy.flat.weights).all()):
+            raise FloatingPointError(f"the weights are not finite at step {strategy.progress.version}")
+        shared = strategy.shared_state() if self.speaks else None
+        carried = strategy.carried.arrays() if self.speaks else None
+        snapshot = Snapshot(self.rank, strategy.progress.version, self.own_state(), shared, carried, checkpoint)
+        if checkpoint and self.stream.state() is None:
+            self.stream, _ = self._build_stream()
+        return snapshot
+
+    def own_state(self) -> dict[str, Any]:
+        """This worker's half: stream position, random states, buffers, the meter."""
+        stream = self.stream.state()
+        meter = self.strategy.meter
+        return {
+            "stream": BEGINS_ANEW if stream is None else map_tensors(stream, lambda t: {TENSOR: to_numpy(t).copy()}),
+            "random": random_states(),
+            "carried": self.strategy.carried.arrays(),
+            "since_average": self.strategy.since_average,
+            "train_seconds": self.strategy.train_seconds,
+            "meter": {**vars(meter), "means": {n: [m.total, m.count] for n, m in meter.means.items()}},
+        }
+
+    def load(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+        """Continue from a state; without an own half (more workers than before) the stream starts at the version."""
+        strategy = self.strategy
+        strategy.load_shared(shared)
+        strategy.meter = Meter()
+        if own is None:
+            rounds = strategy.progress.version if self.job.strategy.is_synchronous else (
+                strategy.progress.examples // self.job.batch_size)  # fmt: skip
+            if isinstance(self.stream, DatasetStream):
+                self.stream.load_state({"round": rounds})
+            else:
+                self.stream, _ = self._build_stream()
+            return
+        if own["stream"] == BEGINS_ANEW:
+            self.stream, _ = self._build_stream()
+        else:
+            self.stream.load_state(restore_tensors(own["stream"]))
+        set_random_states(own["random"])
+        strategy.carried.load(own["carried"])
+        strategy.since_average, strategy.train_seconds = own["since_average"], own["train_seconds"]
+        means = {name: Mean(*pair) for name, pair in own["meter"]["means"].items()}
+        strategy.meter = Meter(**{**own["meter"], "means": means})
+
+    def load_for_test(self, tensors: Mapping[str, Array]) -> None:
+        """Take named model tensors (a checkpoint's) for an evaluation after training."""
+        state = {name: from_numpy(array) for name, array in tensors.items()}
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                if name in state:
+                    tensor.copy_(state[name])
+
+
+def restore_tensors(tree: Any) -> Any:
+    """The inverse of what `own_state` does to a stream's tensors."""
+    if isinstance(tree, Mapping):
+        if set(tree) == {TENSOR}:
+            return from_numpy(np.array(tree[TENSOR]))
+        return {key: restore_tensors(value) for key, value in tree.items()}
+    return [restore_tensors(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def random_states() -> dict[str, Any]:
+    """The states of torch's, numpy's and Python's generators as JSON values and arrays."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, words, gauss = random.getstate()
+    states: dict[str, Any] = {
+        "torch": to_numpy(torch.get_rng_state()).copy(),
+        "numpy": [str(kind), np.asarray(keys), int(position), int(has_gauss), float(cached)],
+        "python": [version, list(words), gauss],
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = to_numpy(torch.cuda.get_rng_state()).copy()
+    return states
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """The inverse of `random_states`."""
+    torch.set_rng_state(from_numpy(np.asarray(states["torch"], np.uint8)))
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, np.asarray(keys, np.uint32), position, has_gauss, cached))
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(from_numpy(np.asarray(states["cuda"], np.uint8)))
+
+
+def resident_bytes() -> float:
+    """Memory of this process that is in RAM."""
+    with open("/proc/self/statm", encoding="ascii") as pages:
+        return float(int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))

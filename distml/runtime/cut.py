@@ -1,0 +1,107 @@
+"""A run's state at one version, as the driver owns it, and its form on disk.
+
+On disk every tensor stands under its parameter's name and in its own shape: `model.safetensors` holds the model's
+state dict, `optimizer.safetensors` holds `MOMENT/NAME`, `own.safetensors` the arrays of the workers' halves. Nothing
+depends on how many workers or servers wrote it. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from distml.errors import UsageError
+from distml.exchange.layout import Array, Layout
+from distml.runs.checkpoints import Checkpoint
+
+ARRAY = "__array__"
+
+
+@dataclass
+class Cut:
+    """Shared half (weights and moments as flat vectors) and each rank's own half."""
+
+    version: int
+    shared: dict[str, Any]
+    own: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+def to_checkpoint(cut: Cut, layout: Layout, frozen: Mapping[str, Array], extra: Mapping[str, Any]) -> Checkpoint:
+    """The form on disk; `extra` is added to `state.json`."""
+    shared = cut.shared
+    model = {**frozen, **layout.names(shared["weights"]), **shared["carried"]}
+    optimizer = {
+        f"{moment}/{name}": array
+        for moment, vector in shared["moments"].items()
+        for name, array in layout.names(vector).items()
+    }
+    arrays: dict[str, Array] = {}
+    own = {str(rank): pack(without_carried(half), f"{rank}", arrays) for rank, half in sorted(cut.own.items())}
+    state = {"clock": shared["clock"], "own": own, "layout": layout.to_json(), **extra}
+    tensors = {"model": model, "optimizer": optimizer, "own": arrays}
+    return Checkpoint(cut.version, tensors, state)
+
+
+def from_checkpoint(checkpoint: Checkpoint, layout: Layout) -> Cut:
+    """The inverse, for a model with this layout.
+
+    Raises:
+        UsageError: the checkpoint is of another model.
+    """
+    model, optimizer, state = checkpoint.tensors["model"], checkpoint.tensors["optimizer"], checkpoint.state
+    for entry in layout.entries:
+        if entry.name not in model or model[entry.name].shape != entry.shape:
+            found = f"has shape {model[entry.name].shape} there" if entry.name in model else "is not in it"
+            raise UsageError(
+                f"checkpoint step-{checkpoint.step:08d} is of another model: {entry.name} {found}, {entry.shape} here; "
+                "use --out for a new run, --fresh to move the old one away, or init: {from: ...}"
+            )
+    names = {entry.name for entry in layout.entries}
+    moments = sorted({name.split("/", 1)[0] for name in optimizer})
+    shared = {
+        "weights": layout.flatten(model),
+        "moments": {m: layout.flatten({n: optimizer[f"{m}/{n}"] for n in names}) for m in moments},
+        "carried": {name: array for name, array in model.items() if name not in names},
+        "clock": state["clock"],
+    }
+    own = {int(rank): unpack(half, checkpoint.tensors.get("own", {})) for rank, half in state["own"].items()}
+    for half in own.values():
+        half["carried"] = {}
+    return Cut(checkpoint.step, shared, own)
+
+
+def without_carried(own: Mapping[str, Any]) -> dict[str, Any]:
+    """An own half for a checkpoint: its buffers were just averaged and stand in the model file."""
+    return {**own, "carried": {}, "since_average": 0.0}
+
+
+def pack(tree: Any, path: str, arrays: dict[str, Array]) -> Any:
+    """JSON values of a tree whose arrays go to `arrays` under their paths.
+
+    Raises:
+        TypeError: a value is neither JSON nor an array.
+    """
+    if isinstance(tree, np.ndarray):
+        arrays[path] = tree
+        return {ARRAY: path}
+    if isinstance(tree, Mapping):
+        return {str(key): pack(value, f"{path}/{key}", arrays) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [pack(value, f"{path}/{index}", arrays) for index, value in enumerate(tree)]
+    if isinstance(tree, np.generic):
+        return tree.item()
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    raise TypeError(f"state at {path!r} is a {type(tree).__name__}; only JSON values, tensors and arrays can be saved")
+
+
+def unpack(tree: Any, arrays: Mapping[str, Array]) -> Any:
+    """The inverse of `pack`."""
+    if isinstance(tree, Mapping):
+        if set(tree) == {ARRAY}:
+            return arrays[tree[ARRAY]]
+        return {key: unpack(value, arrays) for key, value in tree.items()}
+    return [unpack(value, arrays) for value in tree] if isinstance(tree, list) else tree

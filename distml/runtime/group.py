@@ -1,0 +1,71 @@
+"""What a runtime is: a group of workers (and servers) that the driver starts, listens to and recovers. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from distml.events import Event
+from distml.exchange.layout import Array, Layout
+from distml.runtime.cut import Cut
+
+
+@dataclass
+class Description:
+    """What the workers built, equal on all ranks.
+
+    Attributes:
+        layout: the flat vector's index.
+        frozen: the model's tensors that are not trained.
+        transport: how gradients travel, and why.
+    """
+
+    layout: Layout
+    frozen: dict[str, Array]
+    transport: str
+    hosts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Lost:
+    """A process died or no longer answers."""
+
+    role: str
+    cause: str
+
+
+class WorkerGroup(Protocol):
+    """A runtime's side of a run."""
+
+    def build(self, start_weights: Mapping[str, Array] | None) -> Description:
+        """Start the processes and build the task in each; UsageError for what the spec or resources explain."""
+        ...
+
+    def begin(self, cut: Cut | None) -> None:
+        """Connect everyone, load `cut` (None: the weights that were built), and start to train."""
+        ...
+
+    def events(self) -> Iterator[Event | Lost]:
+        """What happens, until every worker has finished; the consumer may call `recover` in between."""
+        ...
+
+    def recover(self, cut: Cut | None) -> bool:
+        """Replace what was lost: True if all went back to `cut`, False if the others went on undisturbed."""
+        ...
+
+    def shared_state(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
+        """The servers' part of a cut at `version`; None if it is no longer there."""
+        ...
+
+    def request_stop(self) -> None:
+        """Ask the run to end at its next version."""
+        ...
+
+    def evaluate(self, split: str, tensors: Mapping[str, Array]) -> dict[str, tuple[float, float]]:
+        """Sums and counts of `split` with these model tensors, over all workers."""
+        ...
+
+    def close(self) -> None:
+        """End all processes of this group."""
+        ...

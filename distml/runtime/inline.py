@@ -1,0 +1,381 @@
+"""The inline runtime: every logical worker in its own thread of one process, exactly one of them at a time.
+
+The baton passes at every exchange call: in rank order under synchronous strategies, else drawn from the seed and
+`inline.speeds`. Each worker's random states are swapped with it. So a run is deterministic, breakpoints work, and the
+loop's text is the same as on a cluster. What a thread waits for: the baton, given to it when its predicate holds; a
+state in which nobody can go on is an error that names what each one awaited.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import random
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distml.errors import UsageError
+from distml.events import Event, Failed
+from distml.exchange.channel import Head, PeerLost, Reply
+from distml.exchange.flat import from_numpy, to_numpy
+from distml.exchange.layout import Array, Layout
+from distml.loop import Trainer, random_states, set_random_states
+from distml.runtime.cut import Cut
+from distml.runtime.group import Description, Lost
+from distml.spec.schema import JobSpec, ParameterServerSpec
+from distml.strategies.agenda import Agenda
+from distml.strategies.parameter_server import Clock, Entry, Shard, join_captures
+from distml.tasks.build import SourceTree, build_task, describe
+from distml.tasks.data import mix
+
+Choose = Callable[[list[int]], int]
+
+
+class Baton:
+    """Lets exactly one of several threads run."""
+
+    def __init__(self, count: int, choose: Choose) -> None:
+        self.choose = choose
+        self.turns = [threading.Event() for _ in range(count)]
+        self.waits: dict[int, tuple[Callable[[], bool], str]] = {r: (lambda: True, "the start") for r in range(count)}
+        self.broken: str | None = None
+
+    def start(self) -> None:
+        """Give the baton to the first."""
+        self._pass_on()
+
+    def take(self, rank: int) -> None:
+        """Called first by each thread: wait for its first turn."""
+        self.turns[rank].wait()
+        self.turns[rank].clear()
+
+    def wait(self, rank: int, ready: Callable[[], bool], awaited: str) -> None:
+        """Give the baton away until `ready` holds and it is this rank's turn.
+
+        Raises:
+            PeerLost: nobody can go on, or the group is being ended.
+        """
+        self.waits[rank] = (ready, awaited)
+        if len(self.waits) == 1 and ready() and self.broken is None:
+            return
+        states = random_states()
+        self._pass_on()
+        self.take(rank)
+        set_random_states(states)
+        if self.broken is not None:
+            raise PeerLost(self.broken)
+
+    def leave(self, rank: int) -> None:
+        """This thread ends."""
+        self.waits.pop(rank, None)
+        self._pass_on()
+
+    def stop(self, reason: str) -> None:
+        """Whoever waits next, or waits now, ends with `PeerLost`."""
+        self.broken = self.broken or reason
+
+    def _pass_on(self) -> None:
+        if not self.waits:
+            return
+        able = [rank for rank, (ready, _) in sorted(self.waits.items()) if self.broken is not None or ready()]
+        if not able:
+            awaited = "; ".join(f"rank {rank} waits for {what}" for rank, (_, what) in sorted(self.waits.items()))
+            self.stop(f"nobody can go on: {awaited}")
+            able = sorted(self.waits)
+        self.turns[self.choose(able)].set()
+
+
+def in_rank_order(count: int) -> Choose:
+    """The next rank after the last chosen one."""
+    last = -1
+
+    def choose(able: list[int]) -> int:
+        nonlocal last
+        last = min(able, key=lambda rank: (rank - last - 1) % count)
+        return last
+
+    return choose
+
+
+def drawn(seed: int, speeds: list[float]) -> Choose:
+    """Drawn with probabilities proportional to the workers' speeds."""
+    generator = random.Random(mix(seed, 3))
+    return lambda able: generator.choices(able, [speeds[rank] for rank in able])[0]
+
+
+class Board:
+    """Where inline ranks meet: one slot per collective, in the order in which each rank calls."""
+
+    def __init__(self, baton: Baton, size: int) -> None:
+        self.baton, self.size = baton, size
+        self.calls = [0] * size
+        self.slots: dict[int, dict[int, Any]] = {}
+        self.sums: dict[int, Tensor] = {}
+
+    def meet(self, rank: int, value: Any) -> tuple[int, list[Any]]:
+        """(number of this collective, everyone's values in rank order)."""
+        number = self.calls[rank]
+        self.calls[rank] += 1
+        slot = self.slots.setdefault(number, {})
+        slot[rank] = value
+        missing = lambda: [r for r in range(self.size) if r not in slot]  # noqa: E731
+        self.baton.wait(rank, lambda: not missing(), f"collective {number} of all {self.size} ranks")
+        for old in [n for n in self.slots if n < min(self.calls) - 1]:
+            self.slots.pop(old)
+            self.sums.pop(old, None)
+        return number, [slot[r] for r in range(self.size)]
+
+
+class InlineGroup:
+    """A rank's collective operations on the board; sums are taken in rank order."""
+
+    def __init__(self, board: Board, rank: int) -> None:
+        self.board, self.rank, self.size, self.bytes_sent = board, rank, board.size, 0
+
+    def all_reduce(self, vector: Tensor) -> None:
+        """Replace `vector` by the sum over ranks."""
+        number, parts = self.board.meet(self.rank, vector.clone())
+        if number not in self.board.sums:
+            total = parts[0].clone()
+            for part in parts[1:]:
+                total.add_(part)
+            self.board.sums[number] = total
+        vector.copy_(self.board.sums[number])
+        self.bytes_sent += ring_bytes(vector, self.size)
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        """Everyone's payload."""
+        return self.board.meet(self.rank, payload)[1]
+
+
+def ring_bytes(vector: Tensor, size: int) -> int:
+    """Bytes that one rank of a ring all-reduce sends: 2 (W - 1) / W of the vector."""
+    return math.ceil(2 * (size - 1) / size * vector.numel() * vector.element_size())
+
+
+class InlineServers:
+    """All shards and the clock in this process."""
+
+    def __init__(self, job: JobSpec, layout: Layout, agenda: Agenda, num_phases: int) -> None:
+        assert isinstance(job.strategy, ParameterServerSpec)
+        self.clock = Clock(job, agenda, num_phases)
+        self.shards = [Shard(job, layout, index, agenda.budget_steps) for index in range(job.strategy.servers)]
+        self.replies: dict[tuple[int, int], tuple[Reply, Tensor]] = {}
+        self.clocks: dict[int, dict[str, Any]] = {}
+
+    def load(self, weights: Tensor, moments: Mapping[str, Tensor], clock: Mapping[str, Any] | None) -> None:
+        """Start from whole vectors."""
+        for shard in self.shards:
+            shard.load(weights, moments, clock["updates"] if clock else 0)
+        if clock is not None:
+            self.clock.load_state(clock)
+
+    def push(self, head: Head, gradient: Tensor) -> None:
+        """One gradient arrives at all shards."""
+        for index, shard in enumerate(self.shards):
+            shard.hold(head.rank, head.ticket, gradient[shard.phase_slice(head.phase)].clone())
+            self.commit(self.clock.arrive(index, head.rank, head.ticket, head if index == 0 else None))
+
+    def commit(self, entries: list[Entry]) -> None:
+        """Apply entries on all shards, and lay out the answers."""
+        for entry in entries:
+            squares = [square for shard in self.shards for square in shard.reduce(entry)]
+            norm = math.sqrt(sum(squares)) if entry.needs_norm else None
+            for shard in self.shards:
+                shard.apply(entry, norm)
+            weights = self.weights()
+            for rank, ticket in entry.members:
+                entry.replies[rank].grad_norm = norm
+                self.replies[rank, ticket] = entry.replies[rank], weights
+            if entry.capture:
+                self.clocks[entry.version + 1] = self.clock.state()
+
+    def weights(self) -> Tensor:
+        """All shards' weights (a copy)."""
+        return torch.cat([shard.weights for shard in self.shards])
+
+
+class InlineChannel:
+    """A rank's way to the inline servers."""
+
+    def __init__(self, servers: InlineServers, board: Board, rank: int) -> None:
+        self.servers, self.board, self.rank, self.bytes_sent = servers, board, rank, 0
+
+    def exchange(self, head: Head, gradient: Tensor, weights: Tensor) -> Reply:
+        """Push, wait until applied, pull."""
+        self.servers.push(head, gradient)
+        key, replies = (head.rank, head.ticket), self.servers.replies
+        computing = self.servers.clock.computing
+        self.board.baton.wait(self.rank, lambda: key in replies, f"workers still computing: {sorted(computing)}")
+        reply, newest = replies.pop(key)
+        weights.copy_(newest)
+        self.bytes_sent += (gradient.numel() + weights.numel()) * weights.element_size()
+        return reply
+
+    def join(self, weights: Tensor) -> Reply:
+        """Pull the newest version."""
+        weights.copy_(self.servers.weights())
+        return self.servers.clock.join(self.rank)
+
+    def leave(self) -> None:
+        """Take no part."""
+        self.servers.commit(self.servers.clock.leave(self.rank))
+
+    def judge(self, version: int, metrics: dict[str, float]) -> str | None:
+        """Report an evaluation."""
+        verdict, entries = self.servers.clock.judge(self.rank, version, metrics)
+        self.servers.commit(entries)
+        return verdict
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        """Everyone's payload."""
+        return self.board.meet(self.rank, payload)[1]
+
+
+class InlineRuntime:
+    """A `WorkerGroup` of threads."""
+
+    def __init__(self, job: JobSpec, sources: SourceTree, injections: tuple[str, ...] = ()) -> None:
+        self.job, self.sources, self.injections = job, sources, injections
+        self.size = job.resources.workers
+        self.threads: list[threading.Thread] = []
+        self.queue: queue.Queue[Event | None] = queue.Queue()
+        self.servers: InlineServers | None = None
+
+    def build(self, start_weights: Mapping[str, Array] | None) -> Description:
+        """Build every worker's replica in turn."""
+        torch.set_num_threads(self.job.resources.cpus_per_worker)
+        self.sources.install()
+        self.trainers = []
+        self.states = []
+        for rank in range(self.size):
+            trainer = Trainer(self.job, build_task(self.job), rank, self.size, injections=self.injections)
+            try:
+                trainer.build(start_weights)
+            except UsageError:
+                raise
+            except Exception as error:
+                raise UsageError(f"the task cannot be built: {describe(error)}") from error
+            self.trainers.append(trainer)
+            self.states.append(random_states())
+        prints = {trainer.strategy.flat.fingerprint() for trainer in self.trainers}
+        if len(prints) > 1:
+            raise UsageError(DIFFERENT_MODELS)
+        flat = self.trainers[0].strategy.flat
+        frozen = {name: to_numpy(tensor).copy() for name, tensor in flat.frozen().items()}
+        return Description(flat.layout, frozen, "in one process (inline)", [socket.gethostname()])
+
+    def begin(self, cut: Cut | None) -> None:
+        """Connect and load."""
+        strategy = self.trainers[0].strategy
+        choose = in_rank_order(self.size) if self.job.strategy.is_synchronous else drawn(
+            self.job.seed, list(self.job.inline.speeds or [1.0] * self.size))  # fmt: skip
+        self.baton = Baton(self.size, choose)
+        board = Board(self.baton, self.size)
+        if isinstance(self.job.strategy, ParameterServerSpec):
+            phases = len(strategy.phases)
+            self.servers = InlineServers(self.job, strategy.flat.layout, strategy.agenda_copy(), phases)
+            moments = {n: from_numpy(v) for n, v in cut.shared["moments"].items()} if cut else {}
+            weights = from_numpy(cut.shared["weights"]) if cut else strategy.flat.weights
+            self.servers.load(weights, moments, cut.shared["clock"] if cut else None)
+            self.servers.clock.begin(list(range(self.size)))
+        for rank, trainer in enumerate(self.trainers):
+            channel = InlineChannel(self.servers, board, rank) if self.servers else None
+            trainer.connect(InlineGroup(board, rank), channel)
+            set_random_states(self.states[rank])
+            if cut is not None:
+                trainer.load(cut.shared, cut.own.get(rank))
+            self.states[rank] = random_states()
+
+    def events(self) -> Iterator[Event | Lost]:
+        """With one worker the loop runs in the caller's thread; with several in theirs, one at a time."""
+        if self.size == 1:
+            set_random_states(self.states[0])
+            yield from self._guarded(0)
+            return
+        self.threads = [threading.Thread(target=self._run, args=(rank,), daemon=True) for rank in range(self.size)]
+        for thread in self.threads:
+            thread.start()
+        self.baton.start()
+        running = self.size
+        while running:
+            event = self.queue.get()
+            if event is None:
+                running -= 1
+            else:
+                yield event
+
+    def _run(self, rank: int) -> None:
+        self.baton.take(rank)
+        set_random_states(self.states[rank])
+        try:
+            for event in self._guarded(rank):
+                self.queue.put(event)
+        finally:
+            self.queue.put(None)
+            self.baton.leave(rank)
+
+    def _guarded(self, rank: int) -> Iterator[Event]:
+        """The worker's events; an exception becomes a `Failed`, and everyone else ends."""
+        trainer = self.trainers[rank]
+        try:
+            yield from trainer.advance()
+            if self.servers is not None:
+                self.servers.commit(self.servers.clock.leave(rank))
+        except PeerLost as lost:
+            if "nobody can go on" in str(lost):
+                yield Failed(rank, trainer.strategy.progress.version, "exchange", str(lost), "")
+        except Exception as error:
+            self.baton.stop(f"rank {rank} failed")
+            yield failure(trainer, error)
+
+    def recover(self, cut: Cut | None) -> bool:
+        """Threads do not die alone."""
+        return True
+
+    def shared_state(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
+        """From the shards' captures."""
+        assert self.servers is not None
+        pieces = [shard.captures.get(version) for shard in self.servers.shards]
+        found = [piece for piece in pieces if piece is not None]
+        if len(found) < len(pieces):
+            return None
+        return join_captures(found, self.servers.clocks[version], carried)
+
+    def request_stop(self) -> None:
+        """Every worker votes at its next exchange."""
+        for trainer in self.trainers:
+            trainer.strategy.stop_requested = True
+
+    def evaluate(self, split: str, tensors: Mapping[str, Array]) -> dict[str, tuple[float, float]]:
+        """In one part, by the first worker."""
+        trainer = self.trainers[0]
+        trainer.load_for_test(tensors)
+        means = trainer.evaluate_part(split, 0, 1)
+        return {name: (float(mean.total), float(mean.count)) for name, mean in means.items()}
+
+    def close(self) -> None:
+        """Let waiting threads end."""
+        if self.threads:
+            self.baton.stop("the run is being closed")
+            for thread in self.threads:
+                thread.join(timeout=5.0)
+
+
+DIFFERENT_MODELS = (
+    "build_model gave different weights on different ranks; draw them from torch's, numpy's or Python's global "
+    "generator, which distml seeds alike everywhere"
+)
+
+
+def failure(trainer: Trainer, error: Exception) -> Failed:
+    """A worker's exception as an event that names rank, phase and step."""
+    text = "".join(traceback.format_exception(error))
+    version = trainer.strategy.progress.version
+    return Failed(trainer.rank, version, trainer.activity, describe(error), text)

@@ -1,0 +1,130 @@
+"""When a run ends and what is due at which version: pure functions of the spec, version and evaluations. No torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from distml.spec.schema import JobSpec
+
+SNAPSHOT_EVERY = 10
+
+
+def crossed(previous: int, version: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (previous, version]."""
+    return version // every > previous // every
+
+
+class Agenda:
+    """The stop rule, the verdict over evaluations, and the duties of a version.
+
+    Args:
+        job: the spec.
+        updates_per_round: updates per `batch_size` examples: 1, or the number of workers under async and ssp.
+        dataset_size: examples of the training split, where it is known (for `stop.epochs`).
+        snapshot_every: steps between snapshots for recovery; None: only checkpoints.
+    """
+
+    def __init__(
+        self, job: JobSpec, *, updates_per_round: int = 1, dataset_size: int | None = None,
+        snapshot_every: int | None = None,
+    ) -> None:  # fmt: skip
+        self.job, self.snapshot_every = job, snapshot_every
+        stop = job.stop
+        epochs = math.ceil(stop.epochs * dataset_size) if stop.epochs and dataset_size else None
+        self.max_examples = min((n for n in (stop.examples, epochs) if n is not None), default=None)
+        examples_per_step = job.batch_size / updates_per_round
+        by_examples = math.ceil(self.max_examples / examples_per_step) if self.max_examples else None
+        self.max_steps = stop.steps
+        self.budget_steps = min((n for n in (stop.steps, by_examples) if n is not None), default=None)
+        self.evaluations: list[tuple[int, float]] = []
+
+    # -------------------------------------------------------------------------------------------------------- budgets
+    def spent(self, version: int, examples: int, seconds: float = 0.0) -> str | None:
+        """The budget that is used up, or None."""
+        if self.max_steps is not None and version >= self.max_steps:
+            return "steps"
+        if self.max_examples is not None and examples >= self.max_examples:
+            return "epochs" if self.job.stop.examples is None else "examples"
+        if self.job.stop.seconds is not None and seconds >= self.job.stop.seconds:
+            return "seconds"
+        return None
+
+    def fraction(self, version: int, examples: int, seconds: float = 0.0) -> float:
+        """Share of the budget used, 0 to 1."""
+        shares = [
+            used / limit
+            for used, limit in (
+                (version, self.max_steps), (examples, self.max_examples), (seconds, self.job.stop.seconds),
+            )
+            if limit
+        ]  # fmt: skip
+        return min(1.0, max(shares, default=0.0))
+
+    # ----------------------------------------------------------------------------------------------------- evaluations
+    @property
+    def watched(self) -> tuple[str, str]:
+        """(metric, mode) that patience and the best checkpoint look at: the goal's, `checkpoint.best`, or the loss."""
+        goal, best = self.job.stop.goal, self.job.checkpoint.best
+        if goal is not None:
+            return goal.metric, "max" if goal.at_least is not None else "min"
+        return (best.metric, best.mode) if best is not None else ("eval/loss", "min")
+
+    def judge(self, version: int, metrics: dict[str, float]) -> str | None:
+        """Record an evaluation: "goal" or "patience" when the run is over by it.
+
+        Raises:
+            ValueError: the goal's metric is not among those that the task reports.
+        """
+        stop, (metric, mode) = self.job.stop, self.watched
+        if metric not in metrics:
+            if stop.goal is None and stop.patience is None:
+                return None
+            raise ValueError(f"the evaluation does not report {metric!r}, which stop watches; it reports {sorted(metrics)}")
+        value = metrics[metric]
+        self.evaluations.append((version, value))
+        goal = stop.goal
+        if goal is not None and goal.at_least is not None and value >= goal.at_least:
+            return "goal"
+        if goal is not None and goal.at_most is not None and value <= goal.at_most:
+            return "goal"
+        if stop.patience is not None and self._evaluations_since_best(mode) >= stop.patience:
+            return "patience"
+        return None
+
+    def _evaluations_since_best(self, mode: str) -> int:
+        sign = 1.0 if mode == "max" else -1.0
+        values = [-math.inf if math.isnan(value) else sign * value for _, value in self.evaluations]
+        return len(values) - 1 - values.index(max(values))
+
+    # ---------------------------------------------------------------------------------------------------------- duties
+    def duties(self, version: int, finished: str | None) -> tuple[str, ...]:
+        """What is due at `version`: "evaluate", "checkpoint", "snapshot" (the state is handed over)."""
+        asked_to_stop = finished == "requested"
+        last = finished is not None
+        found = []
+        if (last or version % self.job.evaluate.every == 0) and not asked_to_stop:
+            found.append("evaluate")
+        if last or version % self.job.checkpoint.every == 0:
+            found.append("checkpoint")
+        if "checkpoint" in found or (self.snapshot_every and version % self.snapshot_every == 0):
+            found.append("snapshot")
+        return tuple(found)
+
+    def captures(self, duties: tuple[str, ...]) -> bool:
+        """Whether the servers keep their state at a version with these duties: an evaluation may make it the best."""
+        return "snapshot" in duties or ("evaluate" in duties and self.keeps_evaluated)
+
+    @property
+    def keeps_evaluated(self) -> bool:
+        """Whether an evaluated version may have to be written: as the best one, or as the one that ends the run."""
+        stop = self.job.stop
+        return self.job.checkpoint.best is not None or stop.goal is not None or stop.patience is not None
+
+    def state(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"evaluations": [list(row) for row in self.evaluations]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.evaluations = [(int(version), float(value)) for version, value in state["evaluations"]]

@@ -1,0 +1,16 @@
+"""`strategy: all_reduce`: every worker sums the gradients of all and applies the same update to its replica."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from distml.strategies.single import Single
+
+
+class AllReduce(Single):
+    """One collective per phase carries gradients, count and vote: N + TAIL elements."""
+
+    def _reduce(self, message: Tensor) -> None:
+        before = self.group.bytes_sent
+        self.group.all_reduce(message)
+        self.meter.bytes_sent += self.group.bytes_sent - before

@@ -1,0 +1,332 @@
+"""The worker's half that all strategies share: a replica with flat views, phases, accumulation, precision, progress.
+
+A strategy says how the workers' gradients become one update; it implements `_exchange`. It never knows what the task
+is, and never imports ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distml.errors import UsageError
+from distml.exchange.channel import Channel, Group
+from distml.exchange.flat import COUNT, TAIL, VOTE, Carried, FlatModel, from_numpy, to_numpy
+from distml.exchange.layout import Array
+from distml.spec.schema import JobSpec
+from distml.strategies.agenda import Agenda
+from distml.strategies.optimizer import schedule_factor
+from distml.tasks.base import Loss, Mean, Progress, Task, as_loss
+from distml.tasks.data import Batch
+
+
+class BadLossError(ValueError):
+    """A loss that is NaN or infinite."""
+
+
+class TaskModule(nn.Module):
+    """The one module that is wrapped: its forward is the task's loss."""
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, method: str, batch: Batch, progress: Progress) -> Loss:
+        """The loss of one micro-batch."""
+        return as_loss(getattr(self.task, method)(self.model, batch, progress), batch, method)
+
+
+@dataclass
+class Meter:
+    """Sums since the last report."""
+
+    means: dict[str, Mean] = field(default_factory=dict)
+    steps: int = 0
+    examples: float = 0.0
+    compute_s: float = 0.0
+    exchange_s: float = 0.0
+    bytes_sent: int = 0
+    staleness_total: int = 0
+    staleness_max: int = 0
+    grad_norm: float | None = None
+
+    def add(self, name: str, mean: Mean) -> None:
+        """Add to a named mean."""
+        self.means[name] = self.means[name] + mean if name in self.means else mean
+
+
+class Strategy(ABC):
+    """The worker's half.
+
+    Args:
+        job: the spec.
+        rank: of this worker.
+        world_size: workers.
+        device: where the replica lives.
+        snapshot_every: steps between snapshots for recovery; None: only checkpoints.
+    """
+
+    def __init__(
+        self, job: JobSpec, rank: int, world_size: int, device: torch.device, snapshot_every: int | None = None
+    ) -> None:
+        self.job, self.rank, self.world_size, self.device = job, rank, world_size, device
+        self.snapshot_every = snapshot_every
+        self.finished: str | None = None
+        self.duties: tuple[str, ...] = ()
+        self.progress = Progress()
+        self.train_seconds = 0.0
+        self.stop_requested = False
+        self.meter = Meter()
+        self.since_average = 0.0  # examples of this worker since the carried tensors were averaged
+        self._count = 0.0
+        self._mark = time.perf_counter()
+
+    # ------------------------------------------------------------------------------------------------------- building
+    def prepare(self, task: Task, start_weights: Mapping[str, Array] | None, dataset_size: int | None) -> nn.Module:
+        """Build the replica under the run's seed, with `init` and freezing applied, as views of flat vectors."""
+        seed_everything(self.job.seed)
+        self.task = task
+        self.model = task.build_model()
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"build_model must return an nn.Module, not {type(self.model).__name__}")
+        self.model.to(self.device).train()
+        if start_weights is not None:
+            take_start_weights(self.model, start_weights, self.job.init.only if self.job.init else ["*"])
+        freeze(self.model, self.job.init.freeze if self.job.init else [])
+        self.phases = list(range(len(task.phases)))
+        patterns = [group.match for group in self.job.optimizer.groups]
+        self.flat = FlatModel(self.model, [pattern for _, pattern in task.phases], patterns)
+        self.carried = Carried(self.model)
+        self.module = TaskModule(task, self.model)
+        updates = 1 if self.job.strategy.is_synchronous else self.world_size
+        self._agenda = (updates, dataset_size, self.snapshot_every)
+        self.agenda = self.agenda_copy()
+        if "group_mean" in task.needs:
+            task.group_mean = self.group_mean  # type: ignore[method-assign]
+        self._build()
+        return self.model
+
+    def agenda_copy(self) -> Agenda:
+        """A fresh agenda of this run, for whoever else keeps one (the servers' clock)."""
+        updates, dataset_size, snapshot_every = self._agenda
+        return Agenda(self.job, updates_per_round=updates, dataset_size=dataset_size, snapshot_every=snapshot_every)
+
+    def _build(self) -> None:
+        """What a strategy adds to `prepare`."""
+
+    @abstractmethod
+    def connect(self, group: Group | None, channel: Channel | None) -> None:
+        """Take the way to the other processes; called again after a recovery."""
+
+    # ------------------------------------------------------------------------------------------------------- one step
+    def loss(self, phase: int, batch: Batch) -> Loss:
+        """The task's loss of a micro-batch, under the run's precision.
+
+        Raises:
+            BadLossError: it is NaN or infinite.
+        """
+        self.flat.select_phase(phase)
+        method = self.task.phases[phase][0]
+        autocast = (
+            torch.autocast(self.device.type, torch.bfloat16) if self.job.precision == "bf16" else contextlib.nullcontext()
+        )
+        with autocast:
+            loss: Loss = self.module(method, batch, self.progress)
+        value = float(loss.total.detach())
+        if not math.isfinite(value):
+            raise BadLossError(f"{method} is {value}")
+        self.meter.add(method, Mean(value, loss.count))
+        for name, mean in loss.metrics.items():
+            self.meter.add(name, mean)
+        return loss
+
+    def backward(self, loss: Loss) -> None:
+        """Add the gradients of a micro-batch's sum to the flat vector."""
+        if loss.total.requires_grad:
+            loss.total.backward()  # type: ignore[no-untyped-call]
+        self._count += loss.count
+
+    def exchange(self, phase: int) -> None:
+        """Let all workers' gradients of this phase become one update of its weights."""
+        message = self.flat.phase_message(phase)
+        message[message.numel() - TAIL + COUNT] = self._count
+        message[message.numel() - TAIL + VOTE] = float(self.wants_to_stop)
+        started, before = self._mark, time.perf_counter()
+        self.meter.compute_s += before - started
+        last = phase == self.phases[-1]
+        if last:
+            self.meter.examples += self._count
+            self.since_average += self._count
+        with torch.no_grad():
+            self._exchange(phase, self._count, last)
+            message.zero_()
+        self._count = 0.0
+        self._mark = time.perf_counter()
+        self.meter.exchange_s += self._mark - before
+        self.train_seconds += self._mark - started
+
+    @abstractmethod
+    def _exchange(self, phase: int, count: float, last: bool) -> None:
+        """Sum, divide by the summed counts, clip, update, refresh the weights; on the last phase `_advance`."""
+
+    def step(self) -> None:
+        """The step is complete: the task follows the new weights."""
+        with torch.no_grad():
+            self.task.after_update(self.model, self.progress)
+        self.meter.steps += 1
+
+    def _advance(self, version: int, examples: int, finished: str | None, duties: tuple[str, ...]) -> None:
+        fraction = self.agenda.fraction(version, examples, self.train_seconds)
+        self.progress = Progress(version, examples, 0, fraction)
+        self.finished, self.duties = finished, duties
+
+    @property
+    def wants_to_stop(self) -> bool:
+        """This worker's vote to end at the next version: it was asked to, or the time budget is used up."""
+        seconds = self.job.stop.seconds
+        return self.stop_requested or (seconds is not None and self.train_seconds >= seconds)
+
+    @property
+    def vote_reason(self) -> str:
+        """Why a vote ended the run, as seen here."""
+        seconds = self.job.stop.seconds
+        timed_out = seconds is not None and self.train_seconds >= seconds and not self.stop_requested
+        return "seconds" if timed_out else "requested"
+
+    def learning_rate(self) -> float:
+        """Of parameter group 0, for the next update."""
+        spec = self.job.optimizer
+        return spec.lr * schedule_factor(spec.schedule, self.progress.version, self.agenda.budget_steps)
+
+    # -------------------------------------------------------------------------------------------------- evaluation etc.
+    @property
+    @abstractmethod
+    def group(self) -> Group:
+        """The ranks that evaluate and average together."""
+
+    def group_mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all workers (offer `group_mean`)."""
+        total = tensor.detach().clone()
+        self.group.all_reduce(total)
+        return total / self.group.size
+
+    def average_carried(self) -> None:
+        """Floating buffers become their average by count over the group; integer ones rank 0's."""
+        vector = self.carried.average_vector()
+        if self.group.size > 1 and self.carried.tensors:
+            weighted = torch.cat([vector * self.since_average, torch.tensor([self.since_average], dtype=torch.float64)])
+            self.group.all_reduce(weighted)
+            if weighted[-1] > 0:
+                self.carried.set_average(weighted[:-1] / weighted[-1])
+            integers = {n: a.tolist() for n, a in self.carried.integers().items()} if self.rank == 0 else {}
+            first = json.loads(self.group.all_gather(json.dumps(integers).encode())[0])
+            dtypes = {name: to_numpy(self.carried.tensors[name]).dtype for name in first}
+            self.carried.load({name: _array(value, dtypes[name]) for name, value in first.items()})
+        self.since_average = 0.0
+
+    def reduce_means(self, means: Mapping[str, Mean]) -> dict[str, Mean]:
+        """Sum named means over the group, in rank order."""
+        payload = json.dumps({name: [float(mean.total), float(mean.count)] for name, mean in means.items()})
+        summed: dict[str, Mean] = {}
+        for part in self.group.all_gather(payload.encode()):
+            for name, (total, count) in json.loads(part).items():
+                summed[name] = summed.get(name, Mean(0.0, 0.0)) + Mean(total, count)
+        return summed
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[tuple[int, int]]:
+        """(index, count) of the part that this worker evaluates; nobody's weights change meanwhile."""
+        yield self.rank, self.world_size
+
+    def mark(self) -> None:
+        """Time from here on is training (called after evaluations and the like)."""
+        self._mark = time.perf_counter()
+
+    def judge(self, metrics: dict[str, float]) -> None:
+        """Take an evaluation of the current version into account; may finish the run."""
+        verdict = self.agenda.judge(self.progress.version, metrics)
+        self.finished = verdict if verdict == "goal" else self.finished or verdict
+
+    def rejoin(self) -> None:
+        """Take part again after an evaluation, where others went on meanwhile."""
+
+    # ----------------------------------------------------------------------------------------------------------- state
+    def shared_state(self) -> dict[str, Any] | None:
+        """The shared half (copies): weights, moments, carried and frozen tensors, clock; None: servers have it."""
+        return None
+
+    def load_weights(self, weights: Array, carried: Mapping[str, Array]) -> None:
+        """Overwrite the replica."""
+        with torch.no_grad():
+            self.flat.weights.copy_(from_numpy(weights))
+            self.carried.load(dict(carried))
+
+    def load_shared(self, shared: Mapping[str, Any]) -> None:
+        """Continue from a shared half: the replica and the clock."""
+        self.load_weights(shared["weights"], shared["carried"])
+        clock = shared["clock"]
+        self.agenda.load_state(clock["agenda"])
+        self.flat.gradients.zero_()
+        self._count, self.finished, self.duties = 0.0, None, ()
+        self._advance(clock["version"], clock["examples"], None, ())
+
+    def clock_state(self) -> dict[str, Any]:
+        """JSON values: version, examples, updates and the evaluations so far."""
+        return {"version": self.progress.version, "examples": self.progress.examples, "agenda": self.agenda.state()}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and random."""
+    import random
+
+    import numpy as np
+
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def take_start_weights(model: nn.Module, tensors: Mapping[str, Array], patterns: list[str]) -> None:
+    """Copy the tensors whose names match into the model.
+
+    Raises:
+        UsageError: none matches, or a shape differs.
+    """
+    own = model.state_dict()
+    chosen = [name for name in own if name in tensors and any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    if not chosen:
+        raise UsageError(f"init: no tensor of the source matches both {patterns} and the model ({sorted(own)[:4]} ...)")
+    for name in chosen:
+        if tuple(own[name].shape) != tensors[name].shape:
+            raise UsageError(f"init: {name} has shape {tensors[name].shape} in the source, {tuple(own[name].shape)} here")
+        own[name].copy_(from_numpy(tensors[name]))
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Take matching parameters out of training.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+    for pattern in patterns:
+        matching = [p for name, p in model.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            raise UsageError(f"init.freeze: {pattern!r} matches no parameter of the model")
+        for parameter in matching:
+            parameter.requires_grad_(False)
+
+
+def _array(value: Any, dtype: Any) -> Array:
+    import numpy as np
+
+    return np.asarray(value, dtype=dtype)

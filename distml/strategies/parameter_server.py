@@ -1,0 +1,405 @@
+"""`strategy: parameter_server`: servers hold weights and optimiser, cut in shards; workers push gradients, pull weights.
+
+Dataflow of one exchange. A worker pushes each server its slice of the gradient. Each server holds the slice and tells
+the *clock* (on server 0) that it arrived. When all slices of a gradient have arrived, the clock orders it into an
+`Entry`; every shard applies entries in that order and answers the workers named in the entry with its slice of the
+new weights. So all slices that a worker pulls are of one version, and version, staleness and a checkpoint's cut are
+one number.
+
+    worker: push slices ── wait ──────────────────────────────────────────────▶ slices of one version
+    server: hold ▶ clock.arrive ▶ (all slices?) ▶ (bound kept?) ▶ entry ▶ reduce ▶ clip ▶ apply ▶ answer
+
+Who unblocks whom: a held gradient is released by another worker's arrival, or by that worker leaving (death,
+evaluation, end of the run). One rule makes all three modes: a gradient is applied at once if no worker still computing
+started before version v + 1 - s, else held; when it may be applied, all held ones are averaged with it by count
+(bounded staleness after Ho et al. 2013, stated in versions). s = 0 is sync, infinity is async.
+
+Shapes: S elements of a shard, N of all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distml.exchange.channel import Channel, Group, Head, Reply
+from distml.exchange.flat import TAIL, from_numpy, to_numpy
+from distml.exchange.layout import Array, Layout
+from distml.spec.schema import JobSpec, ParameterServerSpec
+from distml.strategies.agenda import Agenda, crossed
+from distml.strategies.base import Strategy
+from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
+
+REQUESTED, TIMED_OUT = 1.0, 2.0  # votes
+
+
+@dataclass
+class Entry:
+    """One ordered update, or (`dropped`) gradients that come after the end.
+
+    Attributes:
+        number: position in the order; shards apply entries in it, without gaps.
+        members: (rank, ticket) of the gradients, in rank order: sums are taken in this order.
+        count: examples in them.
+        version: of the weights before.
+        capture: keep the shard's state after this entry under the new version.
+    """
+
+    number: int
+    phase: int
+    members: list[tuple[int, int]]
+    count: float
+    version: int
+    last_phase: bool
+    needs_norm: bool = False
+    capture: bool = False
+    dropped: bool = False
+    replies: dict[int, Reply] = field(default_factory=dict)
+
+
+class Clock:
+    """Server 0's order of updates. Knows who is computing, and from which version; pure bookkeeping, no tensors.
+
+    Args:
+        job: the spec; its strategy is a parameter server.
+        agenda: budgets, evaluations, duties.
+        num_phases: exchanges per step.
+    """
+
+    def __init__(self, job: JobSpec, agenda: Agenda, num_phases: int) -> None:
+        assert isinstance(job.strategy, ParameterServerSpec)
+        self.job, self.agenda, self.num_phases = job, agenda, num_phases
+        self.is_sync, self.num_servers = job.strategy.is_synchronous, job.strategy.servers
+        self.bound = {"sync": 0, "async": math.inf, "ssp": job.strategy.max_staleness or 0}[job.strategy.mode]
+        self.version, self.examples, self.number = 0, 0, 0
+        self.finished: str | None = None
+        self.computing: dict[int, int] = {}
+        self.held: list[Head] = []
+        self.arrived: dict[tuple[int, int], set[int]] = {}
+        self.heads: dict[tuple[int, int], Head] = {}
+        self.evaluators: set[int] = set()
+        self.evaluation_waits = False
+        self.carried: dict[int, tuple[Array | None, dict[str, Array], float]] = {}
+
+    # ------------------------------------------------------------------------------------------------------ membership
+    def begin(self, ranks: list[int]) -> None:
+        """These workers compute from the current version; before their first gradient nobody is applied alone."""
+        self.computing = dict.fromkeys(ranks, self.version)
+        self.held, self.arrived, self.heads = [], {}, {}
+        self.evaluators, self.evaluation_waits = set(), False
+
+    def join(self, rank: int) -> Reply:
+        """A worker pulls the current version and computes from it."""
+        self.evaluators.discard(rank)
+        if self.finished is None:
+            self.computing[rank] = self.version
+        return Reply(self.version, self.examples, finished=self.finished)
+
+    def leave(self, rank: int) -> list[Entry]:
+        """A worker no longer computes: its unfinished gradients are dropped, and nobody waits for it."""
+        self.computing.pop(rank, None)
+        if rank in self.evaluators:
+            self.evaluators.discard(rank)
+            self.evaluation_waits = True
+        self.held = [head for head in self.held if head.rank != rank]
+        for key in [key for key in self.heads | self.arrived if key[0] == rank]:
+            self.heads.pop(key, None)
+            self.arrived.pop(key, None)
+        return self._release()
+
+    # ---------------------------------------------------------------------------------------------------------- order
+    def arrive(self, server: int, rank: int, ticket: int, head: Head | None = None) -> list[Entry]:
+        """A slice has arrived at `server` (server 0 passes the head): the entries that may now be applied."""
+        key = (rank, ticket)
+        self.arrived.setdefault(key, set()).add(server)
+        if head is not None:
+            self.heads[key] = head
+        if len(self.arrived[key]) < self.num_servers or key not in self.heads:
+            return []
+        del self.arrived[key]
+        head = self.heads.pop(key)
+        self.computing.pop(rank, None)
+        if head.carried is not None or head.integers:
+            weight = self.carried[rank][2] if rank in self.carried else 0.0
+            self.carried[rank] = (head.carried, head.integers, weight + head.count)
+        self.held.append(head)
+        return self._release()
+
+    def judge(self, rank: int, version: int, metrics: dict[str, float]) -> tuple[str | None, list[Entry]]:
+        """An evaluation's verdict; if the run is over by it, whoever waits is released."""
+        self.evaluators.discard(rank)
+        verdict = self.agenda.judge(version, metrics)
+        if verdict is not None and self.finished is None:
+            self.finished = verdict
+            return verdict, self._release()
+        return verdict or self.finished, []
+
+    def _release(self) -> list[Entry]:
+        entries = []
+        while self.held:
+            if self.finished is not None:
+                entries.append(self._drop())
+                continue
+            if any(start < self.version + 1 - self.bound for start in self.computing.values()):
+                break
+            phase = self.held[0].phase
+            heads = sorted((head for head in self.held if head.phase == phase), key=lambda head: head.rank)
+            self.held = [head for head in self.held if head.phase != phase]
+            entries.append(self._order(phase, heads))
+        return entries
+
+    def _drop(self) -> Entry:
+        heads, self.held = self.held, []
+        entry = self._entry(heads[0].phase, heads)
+        entry.dropped = True
+        for head in heads:
+            entry.replies[head.rank] = Reply(self.version, self.examples, finished=self.finished)
+        return entry
+
+    def _entry(self, phase: int, heads: list[Head]) -> Entry:
+        self.number += 1
+        members, count = [(head.rank, head.ticket) for head in heads], sum(head.count for head in heads)
+        return Entry(self.number, phase, members, count, self.version, phase == self.num_phases - 1)
+
+    def _order(self, phase: int, heads: list[Head]) -> Entry:
+        entry = self._entry(phase, heads)
+        duties: tuple[str, ...] = ()
+        if entry.last_phase:
+            votes = max(head.vote for head in heads)
+            reason = {0.0: None, REQUESTED: "requested"}.get(votes, "seconds")
+            self.version += 1
+            self.examples += round(entry.count)
+            self.finished = self.agenda.spent(self.version, self.examples) or reason
+            duties = self._duties()
+        clips = self.is_sync and self.job.optimizer.clip_norm is not None
+        reports = entry.last_phase and crossed(entry.version, entry.version + 1, self.job.log.every)
+        entry.needs_norm, entry.capture = clips or reports, self.agenda.captures(duties)
+        for position, head in enumerate(heads):
+            own = duties if self.is_sync or position == 0 else ()
+            reply = Reply(self.version, self.examples, staleness=entry.version - head.read_version,
+                          finished=self.finished, duties=own)  # fmt: skip
+            if own and not self.is_sync:
+                reply.carried, reply.integers = self._average_carried()
+            entry.replies[head.rank] = reply
+            if "evaluate" in own and not self.is_sync:
+                self.evaluators.add(head.rank)  # it pulls anew afterwards; until then nobody waits for it
+            elif self.finished is None:
+                self.computing[head.rank] = self.version
+        return entry
+
+    def _duties(self) -> tuple[str, ...]:
+        duties = self.agenda.duties(self.version, self.finished)
+        if self.is_sync:
+            return duties
+        if self.evaluation_waits and "evaluate" not in duties and self.finished is None:
+            duties = ("evaluate", *duties)
+        if "evaluate" in duties and self.evaluators and self.finished is None:
+            self.evaluation_waits = True  # one evaluation at a time: this one follows when the other is done
+            return tuple(duty for duty in duties if duty != "evaluate")
+        self.evaluation_waits = self.evaluation_waits and "evaluate" not in duties
+        return duties
+
+    def _average_carried(self) -> tuple[Array | None, dict[str, Array]]:
+        """Floating buffers averaged by the examples since the last average; integer ones of the lowest rank."""
+        rows = [(vector, weight) for vector, _, weight in self.carried.values() if vector is not None]
+        total = sum(weight for _, weight in rows)
+        average = sum(vector * (weight / total) for vector, weight in rows) if total else None
+        integers = self.carried[min(self.carried)][1] if self.carried else {}
+        self.carried = {rank: (vector, ints, 0.0) for rank, (vector, ints, _) in self.carried.items()}
+        return average, integers
+
+    def state(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"version": self.version, "examples": self.examples, "agenda": self.agenda.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        self.version, self.examples, self.finished = state["version"], state["examples"], None
+        self.agenda.load_state(state["agenda"])
+        self.number, self.carried = 0, {}
+
+
+class Shard:
+    """One server's elements [start, stop): weights, moments, and gradients that wait to be applied."""
+
+    def __init__(self, job: JobSpec, layout: Layout, index: int, budget: int | None) -> None:
+        assert isinstance(job.strategy, ParameterServerSpec)
+        self.job, self.layout, self.index = job, layout, index
+        self.range = layout.shard(index, job.strategy.servers)
+        self.budget = budget
+        self.gradients: dict[tuple[int, int], Tensor] = {}
+        self.reduced: Tensor | None = None
+        self.captures: dict[int, dict[str, Any]] = {}
+
+    def load(self, weights: Tensor, moments: Mapping[str, Tensor], updates: int) -> None:
+        """Take this shard's slices of whole vectors [N]; missing moments start at zero."""
+        start, stop = self.range
+        self.weights = weights[start:stop].clone()
+        self.optimizer = FlatOptimizer(self.job.optimizer, self.layout, self.range, self.weights, self.budget)
+        for name, vector in self.optimizer.moments.items():
+            if name in moments:
+                vector.copy_(moments[name][start:stop])
+        self.optimizer.updates = updates
+        self.gradients, self.captures, self.reduced = {}, {}, None
+
+    def phase_slice(self, phase: int) -> slice:
+        """Where this shard's part of a phase lies within the phase's own vector."""
+        return shard_slice(self.layout, self.range, phase)
+
+    def hold(self, rank: int, ticket: int, gradient: Tensor) -> None:
+        """Keep a gradient's slice until its entry comes."""
+        self.gradients[rank, ticket] = gradient
+
+    def discard(self, rank: int) -> None:
+        """Drop what a worker that left has pushed."""
+        self.gradients = {key: value for key, value in self.gradients.items() if key[0] != rank}
+
+    def reduce(self, entry: Entry) -> list[float]:
+        """Sum the entry's gradients in rank order, divide by the count; the blocks' squared norms, if needed."""
+        parts = [self.gradients.pop(member) for member in entry.members]
+        if entry.dropped:
+            return []
+        total = parts[0]
+        for part in parts[1:]:
+            total = total.add_(part)
+        self.reduced = total.div_(entry.count) if entry.count else total
+        return block_square_norms(self.layout, self.reduced, self.range, entry.phase) if entry.needs_norm else []
+
+    def apply(self, entry: Entry, norm: float | None) -> None:
+        """Update this shard; under sync `norm` is the mean gradient's global norm, and clips it."""
+        if entry.dropped or self.reduced is None:
+            return
+        if norm is not None and self.job.strategy.is_synchronous:
+            scale = clip_scale(norm, self.job.optimizer.clip_norm)
+            if scale < 1.0:
+                self.reduced.mul_(scale)
+        self.optimizer.update(self.weights, self.reduced, entry.phase, entry.version)
+        self.reduced = None
+        if entry.last_phase:
+            self.optimizer.step_done()
+        if entry.capture:
+            self.capture(entry.version + 1)
+
+    def capture(self, version: int) -> None:
+        """Keep a copy of the state under its version; the last few stay."""
+        self.captures[version] = {
+            "weights": to_numpy(self.weights).copy(),
+            "moments": {name: to_numpy(vector).copy() for name, vector in self.optimizer.moments.items()},
+            "updates": self.optimizer.updates,
+        }
+        for old in sorted(self.captures)[:-KEPT_CAPTURES]:
+            del self.captures[old]
+
+
+KEPT_CAPTURES = 4
+
+
+def shard_slice(layout: Layout, shard: tuple[int, int], phase: int) -> slice:
+    """Elements of a phase's vector that lie in a shard."""
+    first, last = layout.phase_range(phase)
+    start, stop = max(shard[0], first), min(shard[1], last)
+    return slice(start - first, max(start, stop) - first)
+
+
+def join_captures(pieces: list[dict[str, Any]], clock: Mapping[str, Any], carried: dict[str, Array]) -> dict[str, Any]:
+    """The shared half from all servers' captures of one version, in shard order."""
+    import numpy as np
+
+    moments = {name: np.concatenate([p["moments"][name] for p in pieces]) for name in pieces[0]["moments"]}
+    weights = np.concatenate([piece["weights"] for piece in pieces])
+    return {"weights": weights, "moments": moments, "carried": carried,
+            "clock": {**clock, "updates": pieces[0]["updates"]}}  # fmt: skip
+
+
+class ServerGroup:
+    """The workers as a group whose collectives go through server 0 (synchronous mode)."""
+
+    def __init__(self, channel: Channel, rank: int, size: int) -> None:
+        self.channel, self.rank, self.size, self.bytes_sent = channel, rank, size, 0
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        """Every worker's payload, in rank order."""
+        return self.channel.all_gather(payload)
+
+    def all_reduce(self, vector: Tensor) -> None:
+        """Sum in rank order."""
+        own = to_numpy(vector)
+        parts = self.all_gather(own.tobytes())
+        import numpy as np
+
+        total = torch.zeros_like(vector)
+        for part in parts:
+            total += from_numpy(np.frombuffer(bytearray(part), own.dtype).reshape(own.shape))
+        vector.copy_(total)
+
+
+class ParameterServer(Strategy):
+    """The worker's half: pushes each phase's summed gradient with its count, pulls one version of the weights."""
+
+    def _build(self) -> None:
+        self.ticket = 0
+        self.is_sync = self.job.strategy.is_synchronous
+        self._group: Group | None = None
+
+    def connect(self, group: Group | None, channel: Channel | None) -> None:
+        assert channel is not None
+        self.channel = channel
+        self._group = ServerGroup(channel, self.rank, self.world_size)
+
+    @property
+    def group(self) -> Group:
+        from distml.strategies.single import Alone
+
+        return self._group if self.is_sync and self._group is not None else Alone()
+
+    def rejoin(self) -> None:
+        """Pull the newest version and take part."""
+        reply = self.channel.join(self.flat.weights)
+        self._advance(reply.version, reply.examples, reply.finished, ())
+
+    def _exchange(self, phase: int, count: float, last: bool) -> None:
+        gradient = self.flat.phase_message(phase)[:-TAIL]
+        if not self.is_sync and self.job.optimizer.clip_norm is not None:
+            whole = (0, self.flat.layout.numel)
+            norm = math.sqrt(sum(block_square_norms(self.flat.layout, gradient, whole, phase))) / max(count, 1.0)
+            gradient.mul_(clip_scale(norm, self.job.optimizer.clip_norm))
+        vote = (REQUESTED if self.vote_reason == "requested" else TIMED_OUT) if self.wants_to_stop else 0.0
+        head = Head(self.rank, self.ticket, phase, self.progress.version, count, vote)
+        if not self.is_sync and last and self.carried.tensors:
+            head.carried, head.integers = to_numpy(self.carried.average_vector()).copy(), self.carried.integers()
+        self.ticket += 1
+        before = self.channel.bytes_sent
+        reply = self.channel.exchange(head, gradient, self.flat.weights)
+        self.meter.bytes_sent += self.channel.bytes_sent - before
+        if reply.grad_norm is not None:
+            self.meter.grad_norm = reply.grad_norm
+        if last:
+            self.meter.staleness_total += reply.staleness
+            self.meter.staleness_max = max(self.meter.staleness_max, reply.staleness)
+            if reply.carried is not None:
+                self.carried.set_average(from_numpy(reply.carried))
+                self.carried.load(reply.integers)
+            self._advance(reply.version, reply.examples, reply.finished, reply.duties)
+
+    def average_carried(self) -> None:
+        if self.is_sync:
+            super().average_carried()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[tuple[int, int]]:
+        """Under async and ssp the worker that made this version evaluates it alone; the others go on."""
+        yield (self.rank, self.world_size) if self.is_sync else (0, 1)
+
+    def judge(self, metrics: dict[str, float]) -> None:
+        if self.is_sync:
+            super().judge(metrics)
+            if self.rank == 0:
+                self.channel.judge(self.progress.version, metrics)
+        else:
+            self.finished = self.channel.judge(self.progress.version, metrics)
