@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):
             return _report(error, None, debug=False)
-        return _fail(f"{error.format_message()}; see distml --help", ExitCode.USAGE)
+        message = " ".join(str(error.format_message()).split()).rstrip(".")
+        return _fail(f"{message}; see distml --help", ExitCode.USAGE)
 
 
 def _verb(function: Callable[P, int | None]) -> Callable[P, int]:

@@ -7,6 +7,12 @@ from distml.spec.matrix import built_in_tasks, matrix, strategy_variants
 
 Rows = list[tuple[str, ...]]
 
+MODES = {
+    "sync": " A step waits for all workers.",
+    "async": " Each gradient is a step, nobody waits.",
+    "ssp": " Nobody waits unless a gradient would be too stale.",
+}
+
 
 def tasks() -> Rows:
     """The built-in tasks, what they need, and how to name one's own."""
@@ -17,7 +23,10 @@ def tasks() -> Rows:
 
 def strategies() -> Rows:
     """The strategies with what they offer."""
-    rows = [(block.label, _listed(block.offers), _first_line(block.__doc__)) for block in strategy_variants()]
+    rows = []
+    for block in strategy_variants():
+        mode = MODES.get(block.label.partition("/")[2], "")
+        rows.append((block.label, _listed(block.offers), _first_line(block.__doc__) + mode))
     return [("strategy", "offers", "how gradients travel"), *rows]
 
 
