@@ -298,12 +298,16 @@ class CheckpointStore:
 
         Raises:
             ValueError: `value` is not finite.
+            CheckpointFailed: the mark could not be written.
         """
         best = _Best(step, metric, float(value))
         strict_json(best.value, metric)
         with self._lock:
             self._marks[step] = best
-            self._settle_marks()
+            try:
+                self._settle_marks()
+            except OSError as error:
+                raise CheckpointFailed(step, "could not be marked as the best", error) from error
 
     def best(self, metric: str | None = None) -> tuple[int, float] | None:
         """Step and value of the best checkpoint, also of one that is still in line.
