@@ -28,6 +28,14 @@ class Report:
 
 
 @dataclass
+class FirstUpdate:
+    """This worker's first step in this process is done."""
+
+    rank: int
+    version: int
+
+
+@dataclass
 class Evaluated:
     """`metrics` of the validation split at `version`, reduced over the workers; from one rank only."""
 
@@ -47,6 +55,8 @@ class Snapshot:
         shared: weights, moments, carried tensors, clock; from one rank, None where servers hold them.
         carried: for the rank that speaks for the servers' state: the buffers that belong to it.
         checkpoint: it is to be written, not only kept for recovery.
+        last: the run ends at this version.
+        evaluated: an evaluation of the same version follows, which may make it worth writing.
     """
 
     rank: int
@@ -55,6 +65,8 @@ class Snapshot:
     shared: dict[str, Any] | None
     carried: dict[str, Any] | None
     checkpoint: bool
+    evaluated: bool
+    last: bool
 
 
 @dataclass
@@ -86,4 +98,4 @@ class Interrupted:
     message: str
 
 
-Event = Report | Evaluated | Snapshot | Finished | Failed | Interrupted
+Event = FirstUpdate | Report | Evaluated | Snapshot | Finished | Failed | Interrupted

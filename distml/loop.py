@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from distml.errors import UsageError
-from distml.events import Evaluated, Event, Finished, Report, Snapshot
+from distml.events import Evaluated, Event, Finished, FirstUpdate, Report, Snapshot
 from distml.exchange.channel import Channel, Group
 from distml.exchange.flat import from_numpy, to_numpy
 from distml.exchange.layout import Array
@@ -57,6 +57,7 @@ class Trainer:
         self.activity = "start"
         self.strategy = build_strategy(job, rank, world_size, self.device, snapshot_every)
         self.injector = Injector(injections, role="rank", index=rank)
+        self.has_updated = False
         self.speaks = False  # whether this worker's evaluations and shared state are the ones that count
 
     def build(self, start_weights: Mapping[str, Array] | None = None) -> nn.Module:
@@ -121,6 +122,9 @@ class Trainer:
     def _after_step(self, before: int) -> Iterator[Event]:
         strategy, duties = self.strategy, self.strategy.duties
         version = strategy.progress.version
+        if not self.has_updated:
+            self.has_updated = True
+            yield FirstUpdate(self.rank, version)
         if crossed(before, version, self.job.log.every) or strategy.finished is not None:
             yield self._report()
         if not duties:
@@ -128,18 +132,19 @@ class Trainer:
         synchronous = self.job.strategy.is_synchronous
         self.speaks = not synchronous or self.rank == 0
         if "evaluate" in duties or "checkpoint" in duties:
-            self.activity = "evaluate"
+            self.activity = "exchange"
             strategy.average_carried()
+        if strategy.agenda.captures(duties):
+            self.activity = "checkpoint"
+            yield self._snapshot("checkpoint" in duties, "evaluate" in duties)
         if "evaluate" in duties:
+            self.activity = "evaluate"
             started = time.perf_counter()
             metrics = self.evaluate("validation")
             strategy.judge(metrics)
             if self.speaks:
                 yield Evaluated(self.rank, version, metrics, time.perf_counter() - started, strategy.finished)
-        if strategy.agenda.captures(duties):
-            self.activity = "checkpoint"
-            yield self._snapshot("checkpoint" in duties or strategy.finished is not None)
-        if "evaluate" in duties and not synchronous:
+        if "evaluate" in duties and not synchronous and strategy.finished is None:
             strategy.rejoin()
         strategy.mark()
 
@@ -187,13 +192,14 @@ class Trainer:
         return means
 
     # ----------------------------------------------------------------------------------------------------------- state
-    def _snapshot(self, checkpoint: bool) -> Snapshot:
+    def _snapshot(self, checkpoint: bool, evaluated: bool) -> Snapshot:
         strategy = self.strategy
         if not bool(torch.isfinite(strategy.flat.weights).all()):
             raise FloatingPointError(f"the weights are not finite at step {strategy.progress.version}")
         shared = strategy.shared_state() if self.speaks else None
         carried = strategy.carried.arrays() if self.speaks else None
-        snapshot = Snapshot(self.rank, strategy.progress.version, self.own_state(), shared, carried, checkpoint)
+        snapshot = Snapshot(self.rank, strategy.progress.version, self.own_state(), shared, carried, checkpoint,
+                            evaluated, strategy.finished is not None)  # fmt: skip
         if checkpoint and self.stream.state() is None:
             self.stream, _ = self._build_stream()
         return snapshot

@@ -31,8 +31,9 @@ from distml.runtime.group import Description, Lost
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda
 from distml.strategies.parameter_server import Clock, Entry, Shard, join_captures
-from distml.tasks.build import SourceTree, build_task, describe
+from distml.tasks.build import build_task, describe
 from distml.tasks.data import mix
+from distml.tasks.sources import SourceTree
 
 Choose = Callable[[list[int]], int]
 
@@ -246,6 +247,7 @@ class InlineRuntime:
         self.size = job.resources.workers
         self.threads: list[threading.Thread] = []
         self.queue: queue.Queue[Event | None] = queue.Queue()
+        self.handled = threading.Event()
         self.servers: InlineServers | None = None
 
     def build(self, start_weights: Mapping[str, Array] | None) -> Description:
@@ -310,6 +312,7 @@ class InlineRuntime:
                 running -= 1
             else:
                 yield event
+                self.handled.set()
 
     def _run(self, rank: int) -> None:
         self.baton.take(rank)
@@ -317,6 +320,8 @@ class InlineRuntime:
         try:
             for event in self._guarded(rank):
                 self.queue.put(event)
+                self.handled.wait()  # the driver is one of those of whom exactly one runs
+                self.handled.clear()
         finally:
             self.queue.put(None)
             self.baton.leave(rank)
@@ -364,6 +369,7 @@ class InlineRuntime:
         """Let waiting threads end."""
         if self.threads:
             self.baton.stop("the run is being closed")
+            self.handled.set()
             for thread in self.threads:
                 thread.join(timeout=5.0)
 

@@ -1,0 +1,292 @@
+"""`distml run`: from a spec to a finished run directory, in the terminal or from Python.
+
+No torch here, and ray only through the runtime: what is wrong with a spec is said before either is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distml.errors import DistmlError, ExitCode, RunError, UsageError
+from distml.inject import Injection
+from distml.runs.checkpoints import CheckpointStore, resolve_source
+from distml.runs.directory import Result as ResultRecord
+from distml.runs.directory import RunDirectory
+from distml.runs.display import Display, make_display, silent_display
+from distml.runtime.driver import Driver
+from distml.runtime.group import WorkerGroup
+from distml.spec.loader import LoadedSpec, load_spec
+from distml.spec.schema import JobSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from distml.tasks.sources import SourceTree
+
+MAY_CHANGE = ("stop", "evaluate", "checkpoint", "log", "limits", "resources", "transport", "strategy", "inline")
+EXIT_CODES = {"done": ExitCode.DONE, "goal_met": ExitCode.DONE, "goal_missed": ExitCode.GOAL_MISSED,
+              "interrupted": ExitCode.INTERRUPTED, "failed": ExitCode.FAILED}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        status: `done`, `goal_met`, `goal_missed` or `interrupted`.
+        step: version of the weights.
+        metrics: the last value of each metric.
+        directory: the run directory.
+    """
+
+    status: str
+    step: int
+    wall_s: float
+    metrics: dict[str, Any]
+    best: dict[str, Any] | None
+    directory: Path
+
+    @property
+    def exit_code(self) -> int:
+        """What `distml run` exits with for this status."""
+        return int(EXIT_CODES[self.status])
+
+    def model(self) -> nn.Module:
+        """The trained model: the best checkpoint's weights, without `checkpoint.best` the last one's."""
+        from distml.launch.evaluate import load_model
+
+        return load_model(self.directory)[1]
+
+
+def run(
+    spec: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Mapping[str, object] | Sequence[str] = (),
+    *,
+    out: str | os.PathLike[str] | None = None,
+    runtime: str | None = None,
+    address: str | None = None,
+    fresh: bool = False,
+    inject: Sequence[str] = (),
+    display: Display | None = None,
+) -> Result:
+    """Run a job to its end.
+
+    Args:
+        spec: a file, a shipped job's name, or the spec as a dict.
+        overrides: dotted keys and values.
+        out: the run directory; `runs/NAME` by default. An unfinished run there is resumed.
+        runtime: `inline` or `ray`; by default inline for one worker.
+        address: of a running Ray cluster.
+        fresh: move what is in `out` to `out.1` first.
+        inject: failures to cause, for example `kill:rank=1,step=50`.
+        display: where progress goes; nowhere by default.
+
+    Raises:
+        UsageError: what the spec, files, arguments or resources explain.
+        RunError: the run failed later.
+    """
+    started = time.perf_counter()
+    loaded = load_spec(spec, overrides)
+    job = loaded.job
+    runtime = runtime or ("inline" if job.resources.workers == 1 else "ray")
+    check_injections(inject, job, runtime)
+    path = Path(out) if out is not None else Path("runs") / job.name
+    display = display or silent_display()
+    with RunDirectory.open(path, fresh=fresh) as directory:
+        earlier = directory.result.read()
+        resume = check_resume(directory, loaded, earlier, display)
+        if resume is None and earlier is not None:
+            display.note(f"already finished: {earlier.status} at step {earlier.step}; nothing was run (--fresh runs anew)")
+            return as_result(earlier, path)
+        sources = prepare_directory(directory, loaded)
+        group = make_group(loaded, sources, runtime, address, directory.path, tuple(inject))
+        return drive(Driver(job, directory, group, display, started), bool(resume), runtime)
+
+
+def drive(driver: Driver, resume: bool, runtime: str) -> Result:
+    """Build, train, and record the end, whatever it is."""
+    job, directory, display = driver.job, driver.directory, driver.display
+    try:
+        driver.build(start_weights(job) if not resume else None, resume)
+        description = driver.description
+        directory.write_environment(environment(runtime, description.transport, description.hosts))
+        elements = sum(entry.numel for entry in description.layout.entries)
+        workers = f"{job.resources.workers} worker{'s' if job.resources.workers > 1 else ''}"
+        display.start(f"{job.name}: {elements:,} parameters, {job.strategy.label}, {workers}, {description.transport}")
+        if driver.start_version:
+            display.note(f"resuming from step {driver.start_version}")
+        driver.train()
+    except BaseException as error:
+        if not isinstance(error, DistmlError) and isinstance(error, Exception):
+            directory.logs.mkdir(exist_ok=True)
+        driver.fail(error)
+        display.finish([])
+        raise
+    finally:
+        driver.close()
+    record = directory.result.read()
+    assert record is not None
+    result = as_result(record, directory.path)
+    display.finish(closing_lines(result))
+    return result
+
+
+def run_command(
+    *, spec: str, overrides: list[str], out: Path | None, runtime: str | None, address: str | None, fresh: bool,
+    inject: list[str], debug: bool,
+) -> int:  # fmt: skip
+    """The verb `run`; its exit code."""
+    loaded = load_spec(spec, overrides)
+    stop = loaded.job.stop
+    budget = ", ".join(f"{value:g} {name}" for name in ("steps", "examples", "epochs", "seconds")
+                       if (value := getattr(stop, name)))  # fmt: skip
+    display = make_display(sys.stdout.isatty(), loaded.job.name, budget)
+    if debug:
+        os.environ["DISTML_DEBUG"] = "1"
+    result = run(spec, overrides, out=out, runtime=runtime, address=address, fresh=fresh, inject=inject, display=display)
+    return result.exit_code
+
+
+# -------------------------------------------------------------------------------------------------------------- before
+def check_injections(inject: Sequence[str], job: JobSpec, runtime: str) -> None:
+    """Refuse injections that name nobody, or that an inline run could not survive to report."""
+    servers = getattr(job.strategy, "servers", 0)
+    for text in inject:
+        one = Injection.parse(text)
+        limit = job.resources.workers if one.role == "rank" else servers
+        if one.index >= limit:
+            raise UsageError(f"--inject {text}: there is no {one.role} {one.index}; this job has {limit}")
+        if runtime == "inline" and (one.action == "stop" or one.role == "server"):
+            raise UsageError(f"--inject {text}: needs processes to act on; add --runtime ray")
+
+
+def check_resume(
+    directory: RunDirectory, loaded: LoadedSpec, earlier: ResultRecord | None, display: Display
+) -> bool | None:
+    """Whether there is something to go on from: True; False: begin; None: it is finished already.
+
+    Raises:
+        UsageError: the spec was changed where a run that has checkpoints may not change.
+    """
+    text = directory.read_spec_text()
+    steps = CheckpointStore(directory.checkpoints, 1).steps()
+    if earlier is None or text is None or not (steps or earlier.status in EXIT_CODES and earlier.step):
+        return False
+    before = load_spec_text(text, directory.path)
+    changed = changes(before.job, loaded.job)
+    forbidden = [line for key, line in changed if key not in MAY_CHANGE]
+    if forbidden:
+        raise UsageError(
+            f"{directory.path} holds a run of another spec ({'; '.join(forbidden[:3])}); use --out DIR for a new run, "
+            f"--fresh to move the old one away, or init: {{from: {directory.path}}} to start from its weights"
+        )
+    if earlier.status in ("done", "goal_met", "goal_missed") and not any(key == "stop" for key, _ in changed):
+        return None
+    if earlier.status == "running":
+        display.note(f"the previous run here (process {earlier.pid} on {earlier.host}) ended without finishing")
+    for _, line in changed:
+        display.note(f"changed: {line}")
+    return bool(steps)
+
+
+def load_spec_text(text: str, directory: Path) -> LoadedSpec:
+    """The spec that a run directory keeps."""
+    return load_spec(directory / "spec.yaml") if text else load_spec({}, directory=directory)
+
+
+def changes(before: JobSpec, after: JobSpec) -> list[tuple[str, str]]:
+    """(top-level key, `key: old -> new`) of all that differs."""
+    old, new = (json.loads(job.model_dump_json(by_alias=True)) for job in (before, after))
+    return [(key, f"{key}: {_short(old[key])} -> {_short(new[key])}") for key in new if old[key] != new[key]]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def prepare_directory(directory: RunDirectory, loaded: LoadedSpec) -> SourceTree:
+    """Write the resolved spec, with a user's own task beside it, so that the directory runs as it is."""
+    from distml.tasks.sources import SourceTree
+
+    sources = SourceTree.collect(loaded.job.task, loaded.directory)
+    for name, text in sources.files.items():
+        target = directory.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    directory.write_spec(loaded.dump())
+    directory.logs.mkdir(exist_ok=True)
+    directory.result.update(status="running", error=None)
+    return sources
+
+
+def make_group(
+    loaded: LoadedSpec, sources: SourceTree, runtime: str, address: str | None, directory: Path, inject: tuple[str, ...]
+) -> WorkerGroup:
+    """The runtime's group of workers."""
+    if runtime == "inline":
+        if address is not None:
+            raise UsageError("--address names a Ray cluster; it needs --runtime ray")
+        from distml.runtime.inline import InlineRuntime
+
+        return InlineRuntime(loaded.job, sources, inject)
+    from distml.runtime.ray import RayRuntime
+
+    return RayRuntime(loaded.job, sources, address, directory, inject)
+
+
+def start_weights(job: JobSpec) -> dict[str, Any] | None:
+    """The tensors that `init.from` names."""
+    if job.init is None or job.init.source is None:
+        return None
+    return resolve_source(job.init.source)
+
+
+def environment(runtime: str, transport: str, hosts: Sequence[str]) -> dict[str, Any]:
+    """What the run ran on: versions, commit, hosts, and how gradients travel."""
+    versions = {"python": platform.python_version()}
+    for name in ("distml", "torch", "ray", "numpy", "gymnasium", "deepspeed"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {"versions": versions, "commit": commit(), "runtime": runtime, "transport": transport,
+            "hosts": list(hosts), "driver": socket.gethostname(), "platform": platform.platform()}  # fmt: skip
+
+
+def commit() -> str | None:
+    """The commit of the current directory, where it is a git checkout."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+# --------------------------------------------------------------------------------------------------------------- after
+def as_result(record: ResultRecord, path: Path) -> Result:
+    """The record as what `run` returns."""
+    if record.status == "failed":
+        error = record.error or {}
+        raise RunError(str(error.get("message", "failed")), role=str(error.get("rank", "driver")),
+                       phase=str(error.get("phase", "")), step=error.get("step"))  # fmt: skip
+    return Result(record.status, record.step, record.wall_s, record.metrics, record.best, path)
+
+
+def closing_lines(result: Result) -> list[str]:
+    """What the terminal shows last."""
+    scores = "  ".join(f"{name} {value:.4g}" for name, value in sorted(result.metrics.items())
+                       if name.startswith(("eval/", "test/")) and value is not None)  # fmt: skip
+    word = {"goal_met": "goal met", "goal_missed": "goal missed", "done": "done", "interrupted": "interrupted"}
+    return [f"{word[result.status]} at step {result.step} after {result.wall_s:.1f} s of training  {scores}".rstrip(),
+            f"run directory: {result.directory}  (distml show {result.directory})"]  # fmt: skip

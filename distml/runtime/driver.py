@@ -1,0 +1,281 @@
+"""The driver: listens to a group of workers, writes the run directory, and brings a run back after a death.
+
+It consumes `Event`s (reports, evaluations, snapshots) and `Lost`s, and produces metrics, checkpoints and the result.
+It holds the newest *cut*: the state at one version, from which a recovery goes on and out of which checkpoints are
+written on a background thread. It waits only in `group.events()`, whose waits all have a limit. An end, healthy or
+not, always passes `close`. No torch here: a driver starts fast, and runs where torch is not wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from distml.errors import DistmlError, RunError, UsageError
+from distml.events import Evaluated, Event, Failed, Finished, FirstUpdate, Report, Snapshot
+from distml.exchange.layout import Array
+from distml.runs.checkpoints import CheckpointStore, folder_name
+from distml.runs.directory import RunDirectory
+from distml.runs.display import Display
+from distml.runs.tensorboard import TensorBoardWriter
+from distml.runtime.cut import Cut, from_checkpoint, to_checkpoint
+from distml.runtime.group import Lost, WorkerGroup
+from distml.runtime.merge import ReportMerger
+from distml.spec.schema import JobSpec
+from distml.strategies.agenda import Agenda
+
+EXIT_STATUS = {"goal": "goal_met", "requested": "interrupted"}
+
+
+class Driver:
+    """One training run.
+
+    Args:
+        job: the spec.
+        directory: its run directory, locked.
+        group: the runtime's workers.
+        display: where progress is shown.
+        started: `time.perf_counter()` when the command began.
+    """
+
+    def __init__(
+        self, job: JobSpec, directory: RunDirectory, group: WorkerGroup, display: Display, started: float
+    ) -> None:
+        self.job, self.directory, self.group, self.display, self.started = job, directory, group, display, started
+        self.store = CheckpointStore(directory.checkpoints, job.checkpoint.keep)
+        self.agenda = Agenda(job)
+        self.merger = ReportMerger(job.resources.workers, job.strategy.is_synchronous)
+        self.boards = TensorBoardWriter(directory.tensorboard) if "tensorboard" in job.log.to else None
+        self.metrics: dict[str, Any] = {}
+        self.cut: Cut | None = None
+        self.candidates: dict[int, Cut] = {}
+        self.own: dict[int, dict[int, dict[str, Any]]] = {}
+        self.start_version, self.version, self.restarts = 0, 0, 0
+        self.reason, self.end_version, self.judged = "requested", -1, False
+        self.start_written = False
+        self.best: dict[str, Any] | None = None
+
+    # -------------------------------------------------------------------------------------------------------- the run
+    def build(self, start_weights: dict[str, Array] | None, resume: bool) -> None:
+        """Start the processes, and find the state to go on from.
+
+        Raises:
+            UsageError: the spec, the task, the checkpoint or the resources do not fit.
+        """
+        self.description = self.group.build(start_weights)
+        checkpoint = self.store.newest_good(self.display.note) if resume else None
+        if checkpoint is not None:
+            self.cut = from_checkpoint(checkpoint, self.description.layout)
+            self.start_version = self.version = self.cut.version
+            self.agenda.load_state(self.cut.shared["clock"]["agenda"])
+            result = self.directory.result.read()
+            self.best = result.best if result is not None else None
+            if self.best is not None and self.best["step"] > self.version:
+                self.best = None
+        self._rewind()
+
+    def train(self) -> str:
+        """Train to the end; the run's status."""
+        with self._signals():
+            self.group.begin(self.cut)
+            for event in self.group.events():
+                self.handle(event)
+        for row in self.merger.flush():
+            self._write(row)
+        return self._finish()
+
+    def handle(self, event: Event | Lost) -> None:
+        """Act on one event."""
+        if isinstance(event, FirstUpdate):
+            if "timing/start_s" not in self.metrics:
+                self.metrics["timing/start_s"] = time.perf_counter() - self.started
+        elif isinstance(event, Report):
+            for row in self.merger.add(event):
+                self._write(row)
+                self.display.report(row["step"], event.fraction, row)
+        elif isinstance(event, Snapshot):
+            self._keep(event)
+        elif isinstance(event, Evaluated):
+            self._evaluated(event)
+        elif isinstance(event, Finished):
+            if not self.judged:
+                self.reason, self.end_version = event.reason, max(self.end_version, event.version)
+        elif isinstance(event, Failed):
+            self._failed(event)
+        elif isinstance(event, Lost):
+            self._recover(event)
+
+    # --------------------------------------------------------------------------------------------------------- metrics
+    def _write(self, row: dict[str, Any]) -> None:
+        self.version = max(self.version, row["step"])
+        if not self.start_written and "timing/start_s" in self.metrics:
+            row["timing/start_s"], self.start_written = self.metrics["timing/start_s"], True
+        self.directory.metrics.append(row)
+        self.metrics |= {name: value for name, value in row.items() if "/" in name}
+        if self.boards is not None:
+            self.boards.scalars(row["step"], {n: v for n, v in row.items() if "/" in n}, time.time())
+        self.directory.result.update(durable=False, status="running", step=self.version,
+                                     wall_s=self.merger.seconds, metrics=self.metrics)  # fmt: skip
+
+    def _evaluated(self, event: Evaluated) -> None:
+        if self.judged:  # what others evaluated after the version that ended the run
+            return
+        with contextlib.suppress(ValueError):  # the worker has said so already
+            self.agenda.judge(event.version, event.metrics)
+        if event.finished in ("goal", "patience"):
+            self.judged, self.reason, self.end_version = True, event.finished, event.version
+        row = {"step": event.version, "wall_s": self.merger.seconds, **event.metrics,
+               "timing/evaluate_s": event.seconds}  # fmt: skip
+        self._write(row)
+        self.display.evaluated(event.version, row)
+        candidate = self.candidates.pop(event.version, None)
+        is_best = self._is_best(event)
+        if is_best and self.job.checkpoint.best is not None:
+            value = event.metrics[self.job.checkpoint.best.metric]
+            self.store.mark_best(event.version, self.job.checkpoint.best.metric, value)
+        if candidate is not None and (is_best or event.finished is not None):
+            self._commit(candidate, important=True)
+
+    def _is_best(self, event: Evaluated) -> bool:
+        best = self.job.checkpoint.best
+        if best is None:
+            return False
+        if best.metric not in event.metrics:
+            raise RunError(f"checkpoint.best: the evaluation does not report {best.metric!r}; it reports "
+                           f"{sorted(event.metrics)}", phase="evaluate", step=event.version)  # fmt: skip
+        value = event.metrics[best.metric]
+        before = self.best["value"] if self.best is not None else None
+        better = value == value and (before is None or (value > before if best.mode == "max" else value < before))
+        if better:
+            self.best = {"metric": best.metric, "value": value, "step": event.version}
+        return better
+
+    # ----------------------------------------------------------------------------------------------- cuts, checkpoints
+    def _keep(self, event: Snapshot) -> None:
+        """A rank's half of a snapshot; the cut is complete when all of a version are there (async: the speaker's)."""
+        halves = self.own.setdefault(event.version, {})
+        halves[event.rank] = event.own
+        if event.carried is not None:
+            shared = event.shared or self.group.shared_state(event.version, event.carried)
+            if shared is None:
+                return
+            evaluations = [list(pair) for pair in self.agenda.evaluations if pair[0] <= event.version]
+            shared["clock"] = {**shared["clock"], "agenda": {"evaluations": evaluations}}
+            self.candidates[event.version] = Cut(event.version, shared)
+            self._flags = event
+        synchronous = self.job.strategy.is_synchronous
+        candidate = self.candidates.get(event.version)
+        if candidate is None or (synchronous and len(halves) < self.job.resources.workers):
+            return
+        known = {rank: half for version in sorted(self.own) for rank, half in self.own[version].items()}
+        candidate.own = dict(halves) if synchronous else known
+        self.own = {version: rows for version, rows in self.own.items() if version > event.version - 50}
+        self.cut, self.version = candidate, max(self.version, candidate.version)
+        if self._flags.checkpoint:
+            self._commit(candidate, important=self._flags.last)
+        if not self._flags.evaluated:
+            self.candidates.pop(event.version)
+
+    def _commit(self, cut: Cut, important: bool) -> None:
+        extra = {"name": self.job.name, "wall_s": self.merger.seconds}
+        checkpoint = to_checkpoint(cut, self.description.layout, self.description.frozen, extra)
+        self.store.write_async(checkpoint, important=important)
+
+    # -------------------------------------------------------------------------------------------------------- failures
+    def _failed(self, event: Failed) -> None:
+        self.directory.logs.mkdir(exist_ok=True)
+        (self.directory.logs / f"rank-{event.rank}-error.txt").write_text(event.traceback)
+        error = RunError(event.message, role=f"rank {event.rank}", phase=event.phase, step=event.version)
+        raise UsageError(str(error)) if event.version == self.start_version == 0 else error
+
+    def _recover(self, event: Lost) -> None:
+        if self.restarts >= self.job.limits.max_restarts:
+            raise RunError(f"{event.cause}; not restarted again (limits.max_restarts: {self.job.limits.max_restarts})",
+                           role=event.role, step=self.version)  # fmt: skip
+        self.restarts += 1
+        self.metrics["runtime/restarts"] = self.restarts
+        self.candidates, self.own = {}, {}
+        from_version = self.cut.version if self.cut is not None else 0
+        went_back = self.group.recover(self.cut)
+        what = f"all go on from step {from_version}" if went_back else "the others went on; it rejoins"
+        self.display.note(f"{event.role} was lost at step {self.version} ({event.cause}): {what} "
+                          f"(restart {self.restarts} of {self.job.limits.max_restarts})")  # fmt: skip
+        if went_back:
+            self._rewind()
+
+    def _rewind(self) -> None:
+        """Rows after the cut are forgotten; they will be written again."""
+        version = self.cut.version if self.cut is not None else 0
+        self.directory.metrics.cut_back(version if version else -1)
+        rows = self.directory.metrics.read()
+        self.version = version
+        self.agenda.evaluations = [pair for pair in self.agenda.evaluations if pair[0] <= version]
+        self.merger.restore(version, rows)
+
+    # -------------------------------------------------------------------------------------------------------- the end
+    def _finish(self) -> str:
+        status = EXIT_STATUS.get(self.reason, "goal_missed" if self.job.stop.goal is not None else "done")
+        self.store.wait()
+        if self.judged:  # asynchronous workers were ahead of the evaluation that ended the run
+            self.directory.metrics.cut_back(self.end_version)
+        if status != "interrupted":
+            self._test()
+        self.version = self.end_version
+        checkpoint = f"checkpoints/{folder_name(self.version)}" if self.version in self.store.steps() else None
+        self.directory.result.update(status=status, step=self.version, wall_s=self.merger.seconds, error=None,
+                                     metrics=self.metrics, best=self.best, checkpoint=checkpoint)  # fmt: skip
+        return status
+
+    def _test(self) -> None:
+        """The test split, measured once, on the best checkpoint (without `checkpoint.best`: on the last)."""
+        step = self.best["step"] if self.best is not None else self.end_version
+        tensors = self.store.load(step).tensors["model"]
+        sums = self.group.evaluate("test", tensors)
+        row = {f"test/{name}": total / count for name, (total, count) in sorted(sums.items()) if count}
+        if row:
+            self._write({"step": step, "wall_s": self.merger.seconds, **row})
+
+    def fail(self, error: BaseException) -> None:
+        """Record how the run failed; committed checkpoints stay."""
+        message = {"rank": getattr(error, "role", "driver"), "phase": getattr(error, "phase", "start"),
+                   "step": getattr(error, "step", self.version), "message": getattr(error, "message", str(error))}  # fmt: skip
+        with contextlib.suppress(DistmlError, OSError):
+            self.store.wait(timeout_s=30.0)
+        steps = self.store.steps()
+        checkpoint = f"checkpoints/{folder_name(steps[-1])}" if steps else None
+        self.directory.result.update(status="failed", step=self.version, wall_s=self.merger.seconds, error=message,
+                                     metrics=self.metrics, best=self.best, checkpoint=checkpoint)  # fmt: skip
+
+    def close(self) -> None:
+        """End processes, threads and files, whatever happened."""
+        for close in (self.group.close, self.store.close, self.directory.metrics.close):
+            with contextlib.suppress(DistmlError):
+                close()
+        if self.boards is not None:
+            self.boards.close()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks for a checkpoint and the end; the second ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        asked = threading.Event()
+
+        def on_signal(number: int, frame: object) -> None:
+            if asked.is_set():
+                os._exit(130)
+            asked.set()
+            self.group.request_stop()
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

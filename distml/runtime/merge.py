@@ -1,0 +1,80 @@
+"""Workers' reports become rows of `metrics.jsonl`: sums and counts are added over ranks, never means. No torch."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from distml.events import Report
+
+
+class ReportMerger:
+    """Collects one report of every rank per row; a rank that is far behind does not hold the others up.
+
+    Args:
+        world_size: workers.
+        is_synchronous: whether gradients are always of the newest version.
+    """
+
+    PATIENCE = 3  # reports of one rank that wait for another's
+
+    def __init__(self, world_size: int, is_synchronous: bool) -> None:
+        self.world_size, self.is_synchronous = world_size, is_synchronous
+        self.waiting: dict[int, deque[Report]] = {}
+        self.step = self.examples = 0
+        self.seconds, self.bytes = 0.0, 0.0
+
+    def restore(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Go on after `step`, with the totals of the rows up to it."""
+        self.waiting = {}
+        last = next((row for row in reversed(rows) if row["step"] <= step and "train/examples" in row), {})
+        self.step, self.examples = int(last.get("step", 0)), int(last.get("train/examples", 0))
+        self.seconds, self.bytes = float(last.get("wall_s", 0.0)), float(last.get("comm/bytes", 0.0))
+
+    def add(self, report: Report) -> list[dict[str, Any]]:
+        """The rows that this report completes."""
+        self.waiting.setdefault(report.rank, deque()).append(report)
+        rows = []
+        while len(self.waiting) == self.world_size or any(len(q) > self.PATIENCE for q in self.waiting.values()):
+            rows.append(self._row([queue.popleft() for queue in self.waiting.values()]))
+            self.waiting = {rank: queue for rank, queue in self.waiting.items() if queue}
+        return rows
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Rows of what still waits."""
+        rows = []
+        while self.waiting:
+            rows.append(self._row([queue.popleft() for queue in self.waiting.values()]))
+            self.waiting = {rank: queue for rank, queue in self.waiting.items() if queue}
+        return rows
+
+    def _row(self, reports: list[Report]) -> dict[str, Any]:
+        reports = sorted(reports, key=lambda report: report.rank)
+        newest = max(reports, key=lambda report: report.version)
+        step, examples = max(self.step, newest.version), max(self.examples, newest.examples)
+        seconds = max(self.seconds, *(report.train_seconds for report in reports))
+        steps = sum(report.values["steps"] for report in reports)
+        sent = sum(report.values["bytes"] for report in reports)
+        self.bytes += sent
+        row: dict[str, Any] = {"step": step, "wall_s": seconds}
+        sums: dict[str, tuple[float, float]] = {}
+        for report in reports:
+            for name, (total, count) in report.means.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = before[0] + total, before[1] + count
+        row |= {f"train/{name}": total / count for name, (total, count) in sums.items() if count}
+        row |= {"train/lr": newest.values["lr"], "train/examples": examples}
+        norms = [report.values["grad_norm"] for report in reports if "grad_norm" in report.values]
+        if norms:
+            row["train/grad_norm"] = norms[0]
+        if seconds > self.seconds:
+            row["throughput/examples_per_s"] = (examples - self.examples) / (seconds - self.seconds)
+        if not self.is_synchronous:
+            row["staleness/mean"] = sum(r.values["staleness_total"] for r in reports) / max(1.0, steps)
+            row["staleness/max"] = max(report.values["staleness_max"] for report in reports)
+        row["comm/bytes_per_step"], row["comm/bytes"] = sent / max(1, step - self.step), self.bytes
+        for name in ("compute_s", "exchange_s"):
+            row[f"timing/{name}"] = sum(report.values[name] for report in reports) / len(reports)
+        row["memory/rank_bytes"] = max(report.values["memory_bytes"] for report in reports)
+        self.step, self.examples, self.seconds = step, examples, seconds
+        return row

@@ -1,0 +1,107 @@
+"""A user's Python files as text, so that workers on other hosts have them without installation. No torch, no pickle."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from distml.spec.schema import OwnTaskSpec
+
+
+class SourceTree:
+    """The user's Python files that a task's module needs: relative path -> text, and the folder they came from."""
+
+    def __init__(self, directory: str = "", files: Mapping[str, str] | None = None) -> None:
+        self.directory, self.files = directory, dict(files or {})
+
+    @classmethod
+    def collect(cls, task: object, directory: Path) -> SourceTree:
+        """The module of an own task with the modules beside it that it imports, found through their syntax trees."""
+        if not isinstance(task, OwnTaskSpec):
+            return cls()
+        files: dict[str, str] = {}
+        waiting = [task.name.split(":")[0]]
+        while waiting:
+            module = waiting.pop()
+            for file in module_files(directory, module):
+                relative = file.relative_to(directory).as_posix()
+                if relative not in files:
+                    files[relative] = file.read_text(encoding="utf-8")
+                    waiting += imported_modules(files[relative], module)
+        return cls(str(directory), files)
+
+    def install(self) -> None:
+        """Make the files importable: from where they lie if the same text is there, else from a private copy."""
+        if not self.files:
+            return
+        home = Path(self.directory)
+        if not all(_same_text(home / name, text) for name, text in self.files.items()):
+            home = Path(tempfile.mkdtemp(prefix="distml-code-"))
+            for name, text in self.files.items():
+                (home / name).parent.mkdir(parents=True, exist_ok=True)
+                (home / name).write_text(text, encoding="utf-8")
+        if str(home) not in sys.path:
+            sys.path.insert(0, str(home))
+        for name in self.files:
+            _forget_foreign_module(name, home)
+        importlib.invalidate_caches()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the files' names and texts."""
+        digest = hashlib.sha256()
+        for name in sorted(self.files):
+            digest.update(f"{name}\0{self.files[name]}\0".encode())
+        return digest.hexdigest()
+
+
+def _same_text(file: Path, text: str) -> bool:
+    try:
+        return file.read_text(encoding="utf-8") == text
+    except OSError:
+        return False
+
+
+def _forget_foreign_module(relative: str, home: Path) -> None:
+    """Drop a module of the same name that was imported from elsewhere, or whose text has changed since."""
+    name = relative.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    module = sys.modules.get(name)
+    file = home / relative
+    if module is None or getattr(module, "__file__", None) is None:
+        return
+    known = getattr(module, "__distml_digest__", None)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if Path(str(module.__file__)) != file or (known is not None and known != digest):
+        del sys.modules[name]
+
+
+def module_files(directory: Path, module: str) -> list[Path]:
+    """The files of a dotted module under `directory`, packages' `__init__.py` included; empty if it is not there."""
+    parts = module.split(".")
+    base = directory.joinpath(*parts)
+    own = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
+    if not own.is_file():
+        return []
+    parents = [directory.joinpath(*parts[:depth], "__init__.py") for depth in range(1, len(parts))]
+    return [file for file in parents if file.is_file()] + [own]
+
+
+def imported_modules(source: str, module: str) -> list[str]:
+    """Dotted names that a module imports, relative ones resolved against its package."""
+    names: list[str] = []
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*package, *(node.module or "").split(".")]).strip(".")
+            names += [base, *(f"{base}.{alias.name}".strip(".") for alias in node.names)]
+    return [name for name in names if name]
