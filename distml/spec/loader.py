@@ -125,9 +125,9 @@ def _first(problems: list[Problem], document: Document) -> UsageError:
         return document.where(path, problem.at)
 
     ordered = sorted(
-        ((place(problem), problem.text) for problem in problems),
-        key=lambda found: (not found[0].numbered, found[0].line, found[0].column),
+        ((place(problem), problem) for problem in problems),
+        key=lambda found: (not found[0].numbered, found[1].absent, found[0].line, found[0].column),
     )
-    position, text = ordered[0]
+    position, text = ordered[0][0], ordered[0][1].text
     more = len(ordered) - 1
     return position.error(f"{text} (and {more} more)" if more else text)

@@ -22,11 +22,13 @@ class Problem:
         text: what is wrong and what to do, one line.
         paths: the keys it is about; the message points at the first of them that is written.
         at: whether it points at the key or at its value.
+        absent: it is about a key that is not there, so its place says little; a misspelt key goes before it.
     """
 
     text: str
     paths: tuple[KeyPath, ...]
     at: Literal["key", "value"] = "key"
+    absent: bool = False
 
 
 _MUST_BE = {
@@ -64,7 +66,7 @@ def _problem(found: dict[str, Any]) -> Problem:
     if kind == "extra_forbidden":
         return Problem(_unknown_key(path, place.around), (path,))
     if kind == "missing":
-        return Problem(f"the key {path[-1]!r} is missing{_inside(path)}; add it", (path[:-1],), "value")
+        return Problem(f"the key {path[-1]!r} is missing{_inside(path)}; add it", (path[:-1],), "value", absent=True)
     if kind in ("union_tag_invalid", "union_tag_not_found", "model_type", "model_attributes_type"):
         return _bad_block(path, place.here, value)
     if kind == "literal_error":

@@ -61,8 +61,8 @@ def find_module(module: str, directory: Path) -> Path | None:
     top, *rest = module.split(".")
     roots = [directory / top]
     try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError, AttributeError):  # `__main__` and half-imported modules have no spec
+        spec = None if top == "__main__" else importlib.util.find_spec(top)
+    except (ImportError, ValueError, AttributeError):  # modules that are half imported have no spec
         spec = None
     if spec is not None and not rest and spec.origin and spec.origin.endswith(".py"):
         roots.append(Path(spec.origin).with_suffix(""))

@@ -168,6 +168,14 @@ def dotted(path: KeyPath) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- loading and dumping
+class _Refused(yaml.MarkedYAMLError):
+    """Well-formed YAML that a spec may not hold; the problem is said in full."""
+
+
+def _tag_as_written(tag: str) -> str:
+    return f"!!{tag.removeprefix(_PREFIX)}" if tag.startswith(_PREFIX) else tag
+
+
 class _StrictLoader(yaml.SafeLoader):
     """Composes nodes only; nothing is ever constructed from a tag."""
 
@@ -177,13 +185,11 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) is not None:
-            raise yaml.composer.ComposerError(
-                None, None, f"the tag {event.tag!r}: tags are not allowed; remove it", event.start_mark
+            raise _Refused(
+                None, None, f"{_tag_as_written(event.tag)}: tags are not allowed; remove it", event.start_mark
             )
         if self.depth >= MAX_DEPTH:
-            raise yaml.composer.ComposerError(
-                None, None, f"nested deeper than {MAX_DEPTH} levels; flatten it", event.start_mark
-            )
+            raise _Refused(None, None, f"nested deeper than {MAX_DEPTH} levels; flatten it", event.start_mark)
         self.depth += 1
         try:
             node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
@@ -221,6 +227,7 @@ class _Values:
         if id(node) in ancestors:
             raise start.error("the anchor contains itself; write the values out")
         if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
+            start = self.document.where(path[:1])
             raise start.error(f"the aliases expand to over {MAX_NODES} values or {MAX_DEPTH} levels; write them out")
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path, (*ancestors, id(node)))
@@ -304,6 +311,8 @@ def _decode(raw: bytes, source: str) -> str:
 def _explain(error: yaml.MarkedYAMLError) -> str:
     """PyYAML's finding in one line, with what to do for the usual ones."""
     problem = str(error.problem or "not readable as YAML")
+    if isinstance(error, _Refused):
+        return problem
     if r"'\t'" in problem or "\t" in problem:
         return "a tab stands here; indent with spaces"
     if "expected a single document" in str(error.context):

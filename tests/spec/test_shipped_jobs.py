@@ -1,0 +1,69 @@
+"""Every YAML in jobs/ loads, survives its own dump, and fits the JSON schema."""
+
+from __future__ import annotations
+
+import jsonschema
+import pytest
+from conftest import JOBS
+
+from distml.spec.jobs import find_job, shipped_jobs
+from distml.spec.json_schema import json_schema
+from distml.spec.loader import load_spec
+from distml.spec.yaml import parse
+
+FILES = sorted(JOBS.glob("*.yaml"))
+FAMILY = ["digits-single", "digits-all-reduce", "digits-ps-sync", "digits-ps-async", "digits-ps-ssp"]
+
+
+@pytest.fixture(scope="module")
+def validator():
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    return jsonschema.Draft202012Validator(json_schema())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_job_loads_and_its_dump_is_the_same_job(path, tmp_path, validator):
+    loaded = load_spec(path)
+    assert loaded.job.name == path.stem
+    dumped = tmp_path / "spec.yaml"
+    dumped.write_text(loaded.dump())
+    again = load_spec(dumped, directory=JOBS)
+    assert again.job == loaded.job
+    assert again.dump() == loaded.dump()
+    validator.validate(parse(path.read_bytes(), "x").data)
+    validator.validate(parse(loaded.dump(), "x").data)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_job_says_what_it_shows_and_how_to_run_it(path):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert lines[1] == f"# distml run {path.stem}"
+    assert load_spec(path).job.stop.goal.at_least >= 0.96
+
+
+def test_the_strategies_family_differs_in_strategy_workers_and_name_only():
+    jobs = [load_spec(name).job.model_dump() for name in FAMILY]
+    for job in jobs:
+        for key in ("name", "strategy", "resources"):
+            del job[key]
+    assert all(job == jobs[0] for job in jobs)
+    assert jobs[0]["stop"]["examples"] is not None
+
+
+@pytest.mark.parametrize("key", ["optimzer", "task"])
+def test_the_schema_refuses_what_is_wrong(key, validator):
+    spec = parse(FILES[0].read_bytes(), "x").data
+    assert not validator.is_valid({**spec, key: 5})
+    assert validator.is_valid({**spec, "task": "mine:A", "checkpoint": {"best": "eval/loss"}, "init": {"from": "x"}})
+
+
+def test_a_shipped_job_is_found_by_name_unless_a_file_has_it(tmp_path, monkeypatch):
+    assert sorted(shipped_jobs()) == [path.stem for path in FILES]
+    monkeypatch.chdir(tmp_path)
+    assert find_job("digits-single") == JOBS / "digits-single.yaml"
+    (tmp_path / "digits-single").mkdir()  # a run directory, say
+    assert find_job("digits-single") == JOBS / "digits-single.yaml"
+    (tmp_path / "digits-single").rmdir()
+    (tmp_path / "digits-single").write_text("x")
+    assert str(find_job("digits-single")) == "digits-single"
