@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
+from distml.runs.units import duration, number
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -46,7 +48,7 @@ class Display(ABC):
     def finish(self, lines: Iterable[str]) -> None:
         """The run has ended: what it came to."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (a display without a terminal has nothing to give back)
         """Give the terminal back; safe to call twice."""
 
     def __enter__(self) -> Display:
@@ -195,24 +197,3 @@ def _training(metrics: Metrics) -> list[str]:
     if all(metrics.get(key) is not None for key in _STALENESS):
         parts.append(f"staleness {metrics[_STALENESS[0]]:.1f} (max {metrics[_STALENESS[1]]:.0f})")
     return parts
-
-
-def number(value: float | None) -> str:
-    """A metric in at most a few characters: `0.1234`, `1.2e-05`, `12,345`; `nan` for None."""
-    if value is None:
-        return "nan"
-    if isinstance(value, int) or (abs(value) >= 10_000 and abs(value) < 1e9):
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `0.8 s`, `42 s`, `3 min 20 s`, `5 h 03 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
