@@ -197,3 +197,17 @@ def _training(metrics: Metrics) -> list[str]:
     if all(metrics.get(key) is not None for key in _STALENESS):
         parts.append(f"staleness {metrics[_STALENESS[0]]:.1f} (max {metrics[_STALENESS[1]]:.0f})")
     return parts
+
+
+class SilentDisplay(Display):
+    """Shows nothing: the default from Python, where the caller reads the result."""
+
+    def start(self, headline: str) -> None: ...
+
+    def report(self, step: int, fraction: float, metrics: Metrics) -> None: ...
+
+    def evaluated(self, step: int, metrics: Metrics) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def finish(self, lines: Iterable[str]) -> None: ...

@@ -165,8 +165,8 @@ def _page(history: History) -> str:
     """The whole page: it loads nothing from anywhere, and what the run wrote is text in it, never markup."""
     title = html.escape(history.name)
     summary = "".join(
-        f'<tr><td class="label">{html.escape(label)}</td>'
-        f"<td{' class="error"' if label == 'error' else ''}>{html.escape(text)}</td></tr>\n"
+        f'<tr><td class="label">{html.escape(label)}</td><td class="{_text_class(label)}">'
+        f"{html.escape(text)}</td></tr>\n"
         for label, text in _summary(history).items()
     )
     environment = json.dumps(history.environment, indent=1, ensure_ascii=False)
@@ -184,6 +184,10 @@ def _page(history: History) -> str:
         + "\n".join(section for section in sections if section)
         + "\n</body>\n</html>\n"
     )
+
+
+def _text_class(label: str) -> str:
+    return "error" if label == "error" else "text"
 
 
 def _scores_section(history: History) -> str:

@@ -24,20 +24,6 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-class SilentDisplay(Display):
-    """Shows nothing: the default from Python, where the caller reads the result."""
-
-    def start(self, headline: str) -> None: ...
-
-    def report(self, step: int, fraction: float, metrics: Metrics) -> None: ...
-
-    def evaluated(self, step: int, metrics: Metrics) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def finish(self, lines: Iterable[str]) -> None: ...
-
-
 def byte_size(count: float) -> str:
     """Bytes as `512 B`, `1.5 kB`, `23 MB`: powers of 1000."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
