@@ -246,12 +246,11 @@ def run(
 
 @app.command()
 @_verb
-def show(run: RunArgument) -> int | None:
+def show(run: RunArgument) -> None:
     """Print a run's result and write its report.html."""
     from distml.runs.report import show as show_run
 
-    code: int | None = show_run(run)
-    return code
+    show_run(run)
 
 
 @app.command()
