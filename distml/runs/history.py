@@ -118,6 +118,11 @@ class History:
         known_steps, known = self._column(against)
         if not len(known_steps):
             return np.empty(0), np.empty(0)
+        # The test of the best checkpoint is reported last and under an earlier step: it is no point on the way.
+        forward = known_steps >= np.maximum.accumulate(known_steps)
+        known_steps, known = known_steps[forward], known[forward]
+        if known_steps[0] > 0:  # all of these count from 0 at the start
+            known_steps, known = np.append(0.0, known_steps), np.append(0.0, known)
         return np.interp(steps, known_steps, known), values
 
     def last(self, metric: str) -> float | None:

@@ -39,6 +39,7 @@ class Panel:
 
     Attributes:
         unit: of the x axis: "s" and "B" get prefixes (k, M, G), "" counts.
+        from_zero: whether the y axis begins at 0, so that heights compare; such an axis is never logarithmic.
         note: said inside the panel, for example which run is not drawn and why.
     """
 
@@ -48,6 +49,7 @@ class Panel:
     curves: list[Curve] = field(default_factory=list)
     unit: str = ""
     note: str = ""
+    from_zero: bool = False
 
 
 def draw(panels: Sequence[Panel], *, shared_legend: bool = False, title: str = "") -> bytes:
@@ -76,7 +78,9 @@ def draw(panels: Sequence[Panel], *, shared_legend: bool = False, title: str = "
 def _draw_panel(axes: Axes, panel: Panel, *, has_legend: bool) -> None:
     from matplotlib.ticker import EngFormatter
 
-    for curve in panel.curves:
+    # Runs that do the same lie on each other: what is drawn first is wider, and shows on both sides.
+    beneath = 0.0 if has_legend else min(1.2, 4.0 / max(1, len(panel.curves) - 1))
+    for index, curve in enumerate(panel.curves):
         few = len(curve.x) <= 60
         axes.plot(
             curve.x,
@@ -86,7 +90,7 @@ def _draw_panel(axes: Axes, panel: Panel, *, has_legend: bool) -> None:
             linestyle=_DASHES[curve.style // len(COLOURS) % len(_DASHES)],
             marker=_MARKERS[curve.style % len(_MARKERS)] if few else "",
             markersize=4,
-            linewidth=1.6 if few else 1.1,
+            linewidth=(1.5 if few else 1.1) + beneath * (len(panel.curves) - 1 - index),
         )
     axes.set_title(panel.title, fontsize=11)
     axes.set_xlabel(panel.x_label)
@@ -95,25 +99,27 @@ def _draw_panel(axes: Axes, panel: Panel, *, has_legend: bool) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_formatter(EngFormatter(unit=panel.unit))
     if _is_wide(panel.curves, ends_only=True, axis="x"):
-        axes.set_xscale("log")
+        axes.set_xscale("log", nonpositive="mask")
         axes.xaxis.set_major_formatter(EngFormatter(unit=panel.unit))
-    _scale_y(axes, panel.curves)
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    elif _is_wide(panel.curves, ends_only=False, axis="y"):
+        _use_log_y(axes)
     if panel.note:
         axes.text(0.98, 0.97, panel.note, transform=axes.transAxes, fontsize=8, ha="right", va="top", color="#555555")
     if has_legend and len(panel.curves) > 1:
         axes.legend(fontsize=9, frameon=False)
 
 
-def _scale_y(axes: Axes, curves: Sequence[Curve]) -> None:
-    from matplotlib.ticker import LogFormatter, NullFormatter
+def _use_log_y(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers on it, at 1, 2, 5 while they do not crowd."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if not _is_wide(curves, ends_only=False, axis="y"):
-        return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
-    if high / low > 1e3:
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _is_wide(curves: Sequence[Curve], *, ends_only: bool, axis: str) -> bool:

@@ -211,20 +211,20 @@ def _panels(history: History) -> list[Panel]:
     """What is drawn of one run, against steps; only what it reported."""
     scores = [name for name in history.metrics("eval/") if name != "eval/loss"]
     wanted = [
-        ("Loss", "loss", ["train/loss", "eval/loss"]),
-        *((name, name.removeprefix("eval/"), [name]) for name in scores),
-        ("Throughput", "per second", ["throughput/examples_per_s", "throughput/frames_per_s"]),
-        ("Time of a step", "seconds", ["timing/compute_s", "timing/exchange_s"]),
-        ("Staleness when consumed", "versions", ["staleness/mean", "staleness/max"]),
-        ("Learning rate", "learning rate", ["train/lr"]),
-        ("Gradient norm", "norm", ["train/grad_norm"]),
+        ("Loss", "loss", ["train/loss", "eval/loss"], False),
+        *((name, name.removeprefix("eval/"), [name], False) for name in scores),
+        ("Throughput", "per second", ["throughput/examples_per_s", "throughput/frames_per_s"], True),
+        ("Time of a step", "seconds", ["timing/compute_s", "timing/exchange_s"], True),
+        ("Staleness when consumed", "versions", ["staleness/mean", "staleness/max"], True),
+        ("Learning rate", "learning rate", ["train/lr"], True),
+        ("Gradient norm", "norm", ["train/grad_norm"], True),
     ]
     panels = []
-    for title, y_label, names in wanted:
+    for title, y_label, names, from_zero in wanted:
         series = {name: history.series(name) for name in names}
         curves = [Curve(name, x, y, style) for style, (name, (x, y)) in enumerate(series.items()) if len(x)]
         if curves:
-            panels.append(Panel(title, "step", y_label, curves))
+            panels.append(Panel(title, "step", y_label, curves, from_zero=from_zero))
     return panels
 
 
@@ -326,7 +326,7 @@ def _comparison_table(facts: Sequence[Mapping[str, Any]], metrics: Sequence[str]
     console = Console(file=io.StringIO(), width=10_000, color_system=None, highlight=False)
     with console.capture() as captured:
         console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n") + "\n"
 
 
 def _count(value: float | None) -> str:
@@ -340,7 +340,7 @@ def _comparison_picture(histories: Sequence[History], labels: Sequence[str]) -> 
     for title, axis, label, unit in (
         ("by time", "wall_s", "training time (s)", ""),
         ("by examples", "train/examples", "examples", ""),
-        ("by bytes", "comm/bytes", "sent over all workers (bytes)", "B"),
+        ("by bytes", "comm/bytes", "sent (bytes)", "B"),
     ):
         curves, left_out = [], []
         for style, (run, name) in enumerate(zip(histories, labels, strict=True)):
