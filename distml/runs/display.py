@@ -119,11 +119,12 @@ class LiveDisplay(Display):
         self._name, self._budget = name, budget
         self._eta = _Eta(clock)
         self._console = console or Console(highlight=False)
-        self._live = Live(console=self._console, get_renderable=self._panel, refresh_per_second=4, transient=True)
         self._step, self._fraction = 0, 0.0
         self._left: float | None = None
         self._training: list[str] = []
         self._evaluation = ""
+        # Last: it draws the panel at once.
+        self._live = Live(console=self._console, get_renderable=self._panel, refresh_per_second=4, transient=True)
 
     def start(self, headline: str) -> None:
         self._say(headline, "bold")

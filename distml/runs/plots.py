@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # Okabe & Ito (2008): told apart with every kind of colour vision; its yellow is left out, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_DASHES = ("-", "--", "-.", ":")
+# Runs that do the same lie on each other: each dash pattern lets the curve beneath it show.
+_DASHES = ((0, ()), (0, (5, 2.5)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (3, 5)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LOG_RATIO = 30.0  # largest over smallest value beyond which an axis is logarithmic
 _DPI = 120
@@ -78,19 +79,17 @@ def draw(panels: Sequence[Panel], *, shared_legend: bool = False, title: str = "
 def _draw_panel(axes: Axes, panel: Panel, *, has_legend: bool) -> None:
     from matplotlib.ticker import EngFormatter
 
-    # Runs that do the same lie on each other: what is drawn first is wider, and shows on both sides.
-    beneath = 0.0 if has_legend else min(1.2, 4.0 / max(1, len(panel.curves) - 1))
-    for index, curve in enumerate(panel.curves):
+    for curve in panel.curves:
         few = len(curve.x) <= 60
         axes.plot(
             curve.x,
             curve.y,
             label=curve.label,
             color=COLOURS[curve.style % len(COLOURS)],
-            linestyle=_DASHES[curve.style // len(COLOURS) % len(_DASHES)],
+            linestyle=_DASHES[0 if has_legend else curve.style % len(_DASHES)],
             marker=_MARKERS[curve.style % len(_MARKERS)] if few else "",
             markersize=4,
-            linewidth=(1.5 if few else 1.1) + beneath * (len(panel.curves) - 1 - index),
+            linewidth=1.7 if few else 1.1,
         )
     axes.set_title(panel.title, fontsize=11)
     axes.set_xlabel(panel.x_label)

@@ -270,7 +270,7 @@ def test_killed_anywhere_the_previous_or_the_new_one_is_there(tmp_path, first):
     points = int(whole.stdout)
     assert points > 10
     seen = set()
-    for point in range(1, points + 1):
+    for point in range(1, points + 1, 2 if step == 100 else 1):
         store = prepare(f"killed-{point}")
         died = write_until(store.root, point, 2.0)
         assert died.returncode == -signal.SIGKILL, died.stderr
@@ -296,9 +296,9 @@ def test_killed_from_outside_in_the_middle_of_a_file(tmp_path, is_control):
         "def stuck(file, tensors):\n"
         "    file.write(b'half a tensor'); file._file.flush(); print('writing', flush=True); time.sleep(60)\n"
         "checkpoints.write_tensors = stuck\n"
-        "checkpoints.PARTIAL = sys.argv[2]\n"
         "store = checkpoints.CheckpointStore(pathlib.Path(sys.argv[1]), keep=2)\n"
-        "store.write(checkpoints.Checkpoint(200, {'model': {'w': np.zeros(3)}}, {}))\n"
+        "one = checkpoints.Checkpoint(200, {'model': {'w': np.zeros(3)}}, {})\n"
+        "store.write(one) if sys.argv[2] else checkpoints.write_folder(store.root / 'step-00000200', one)\n"
     )
     suffix = "" if is_control else ".partial"
     writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), suffix], stdout=subprocess.PIPE, text=True)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 SPEC = """\
 distml: v1
@@ -22,7 +23,7 @@ resources: {{workers: 2}}
 """
 
 
-def make_run(
+def write_run(
     path: Path,
     *,
     name: str = "digits",
@@ -76,3 +77,9 @@ def make_run(
     }
     (path / "result.json").write_text(json.dumps(result))
     return path
+
+
+@pytest.fixture
+def make_run():
+    """`make_run(path, **what)` writes a finished run's directory."""
+    return write_run
