@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Okabe & Ito (2008): told apart with every kind of colour vision; its yellow is left out, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Runs that do the same lie on each other: each dash pattern lets the curve beneath it show.
-_DASHES = ((0, ()), (0, (5, 2.5)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (3, 5)))
+_DASHES = ((0, ()), (0, (5, 2.5)), (0, (3, 4)), (0, (7, 2, 1.5, 2)), (0, (1.5, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LOG_RATIO = 30.0  # largest over smallest value beyond which an axis is logarithmic
 _DPI = 120
