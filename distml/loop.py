@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import random
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from distml.errors import UsageError
-from distml.events import Evaluated, Event, Finished, FirstUpdate, Report, Snapshot
+from distml.events import Evaluated, Event, Failed, Finished, FirstUpdate, Report, Snapshot
 from distml.exchange.channel import Channel, Group
 from distml.exchange.flat import from_numpy, to_numpy
 from distml.exchange.layout import Array
@@ -29,6 +30,7 @@ from distml.strategies.agenda import crossed
 from distml.strategies.base import Meter
 from distml.strategies.build import build_strategy
 from distml.tasks.base import Mean, Part, Stream, Task
+from distml.tasks.build import describe
 from distml.tasks.data import Batch, DatasetStream, check_dataset, length, map_tensors, micro_batches, mix, to_device
 
 BEGINS_ANEW = "begins anew"
@@ -247,6 +249,13 @@ class Trainer:
             for name, tensor in self.model.state_dict().items():
                 if name in state:
                     tensor.copy_(state[name])
+
+
+def failure(trainer: Trainer, error: Exception) -> Failed:
+    """A worker's exception as an event that names rank, phase and step."""
+    text = "".join(traceback.format_exception(error))
+    version = trainer.strategy.progress.version
+    return Failed(trainer.rank, version, trainer.activity, describe(error), text)
 
 
 def restore_tensors(tree: Any) -> Any:

@@ -34,9 +34,15 @@ class Group(Protocol):
         ...
 
 
+PULL = -1
+
+
 @dataclass
 class Head:
-    """What goes to the clock with a gradient: who pushes, what it was computed from, and what is carried along."""
+    """What goes to the clock with a gradient: who pushes, what it was computed from, and what is carried along.
+
+    `phase` is `PULL` for a worker that joins: it pushes nothing, and is answered in the order of the updates.
+    """
 
     rank: int
     ticket: int
@@ -82,8 +88,8 @@ class Channel(Protocol):
         """Push one phase's gradient (whole vector of the phase), wait until it is applied, overwrite `weights` [N]."""
         ...
 
-    def join(self, weights: Tensor) -> Reply:
-        """Take part from now on: overwrite `weights` [N] by the newest version."""
+    def join(self, head: Head, weights: Tensor) -> Reply:
+        """Take part from now on: overwrite `weights` [N] by the newest version. `head.phase` is `PULL`."""
         ...
 
     def leave(self) -> None:

@@ -24,7 +24,7 @@ from distml.inject import Injection
 from distml.runs.checkpoints import CheckpointStore, resolve_source
 from distml.runs.directory import Result as ResultRecord
 from distml.runs.directory import RunDirectory
-from distml.runs.display import Display, make_display, silent_display
+from distml.runs.display import Display, SilentDisplay, make_display
 from distml.runtime.driver import Driver
 from distml.runtime.group import WorkerGroup
 from distml.spec.loader import LoadedSpec, load_spec
@@ -103,7 +103,7 @@ def run(
     runtime = runtime or ("inline" if job.resources.workers == 1 else "ray")
     check_injections(inject, job, runtime)
     path = Path(out) if out is not None else Path("runs") / job.name
-    display = display or silent_display()
+    display = display or SilentDisplay()
     with RunDirectory.open(path, fresh=fresh) as directory:
         earlier = directory.result.read()
         resume = check_resume(directory, loaded, earlier, display)
@@ -124,7 +124,7 @@ def drive(driver: Driver, resume: bool, runtime: str) -> Result:
         directory.write_environment(environment(runtime, description.transport, description.hosts))
         elements = sum(entry.numel for entry in description.layout.entries)
         workers = f"{job.resources.workers} worker{'s' if job.resources.workers > 1 else ''}"
-        display.start(f"{job.name}: {elements:,} parameters, {job.strategy.label}, {workers}, {description.transport}")
+        display.start(f"{elements:,} parameters, {job.strategy.label}, {workers}, {description.transport}")
         if driver.start_version:
             display.note(f"resuming from step {driver.start_version}")
         driver.train()
@@ -242,6 +242,9 @@ def make_group(
         from distml.runtime.inline import InlineRuntime
 
         return InlineRuntime(loaded.job, sources, inject)
+    from distml.runtime.authentication import prepare_authentication
+
+    prepare_authentication(address)
     from distml.runtime.ray import RayRuntime
 
     return RayRuntime(loaded.job, sources, address, directory, inject)

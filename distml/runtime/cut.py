@@ -29,6 +29,14 @@ class Cut:
     own: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
+def join_captures(pieces: list[dict[str, Any]], carried: dict[str, Array]) -> dict[str, Any]:
+    """The shared half from all servers' captures of one version, in shard order."""
+    moments = {name: np.concatenate([p["moments"][name] for p in pieces]) for name in pieces[0]["moments"]}
+    weights = np.concatenate([piece["weights"] for piece in pieces])
+    return {"weights": weights, "moments": moments, "carried": carried,
+            "clock": {**pieces[0]["clock"], "updates": pieces[0]["updates"]}}  # fmt: skip
+
+
 def to_checkpoint(cut: Cut, layout: Layout, frozen: Mapping[str, Array], extra: Mapping[str, Any]) -> Checkpoint:
     """The form on disk; `extra` is added to `state.json`."""
     shared = cut.shared

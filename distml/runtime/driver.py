@@ -50,7 +50,7 @@ class Driver:
         self.store = CheckpointStore(directory.checkpoints, job.checkpoint.keep)
         self.agenda = Agenda(job)
         self.merger = ReportMerger(job.resources.workers, job.strategy.is_synchronous)
-        self.boards = TensorBoardWriter(directory.tensorboard) if "tensorboard" in job.log.to else None
+        self.boards: TensorBoardWriter | None = None
         self.metrics: dict[str, Any] = {}
         self.cut: Cut | None = None
         self.candidates: dict[int, Cut] = {}
@@ -81,6 +81,9 @@ class Driver:
 
     def train(self) -> str:
         """Train to the end; the run's status."""
+        if "tensorboard" in self.job.log.to:
+            resumed_at = self.start_version or None
+            self.boards = TensorBoardWriter(self.directory.tensorboard, resumed_at=resumed_at)
         with self._signals():
             self.group.begin(self.cut)
             for event in self.group.events():
@@ -132,7 +135,7 @@ class Driver:
         row = {"step": event.version, "wall_s": self.merger.seconds, **event.metrics,
                "timing/evaluate_s": event.seconds}  # fmt: skip
         self._write(row)
-        self.display.evaluated(event.version, row)
+        self.display.evaluated(event.version, event.metrics)
         candidate = self.candidates.pop(event.version, None)
         is_best = self._is_best(event)
         if is_best and self.job.checkpoint.best is not None:
@@ -254,7 +257,7 @@ class Driver:
     def close(self) -> None:
         """End processes, threads and files, whatever happened."""
         for close in (self.group.close, self.store.close, self.directory.metrics.close):
-            with contextlib.suppress(DistmlError):
+            with contextlib.suppress(Exception):  # what matters was raised before; the others must still be closed
                 close()
         if self.boards is not None:
             self.boards.close()

@@ -10,6 +10,11 @@ from distml.events import Event
 from distml.exchange.layout import Array, Layout
 from distml.runtime.cut import Cut
 
+DIFFERENT_MODELS = (
+    "build_model gave different weights on different ranks; draw them from torch's, numpy's or Python's global "
+    "generator, which distml seeds alike everywhere"
+)
+
 
 @dataclass
 class Description:

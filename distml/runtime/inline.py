@@ -13,7 +13,6 @@ import queue
 import random
 import socket
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,12 +24,12 @@ from distml.events import Event, Failed
 from distml.exchange.channel import Head, PeerLost, Reply
 from distml.exchange.flat import from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
-from distml.loop import Trainer, random_states, set_random_states
-from distml.runtime.cut import Cut
-from distml.runtime.group import Description, Lost
+from distml.loop import Trainer, failure, random_states, set_random_states
+from distml.runtime.cut import Cut, join_captures
+from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda
-from distml.strategies.parameter_server import Clock, Entry, Shard, join_captures
+from distml.strategies.parameter_server import Clock, Entry, Shard
 from distml.tasks.build import build_task, describe
 from distml.tasks.data import mix
 from distml.tasks.sources import SourceTree
@@ -168,7 +167,6 @@ class InlineServers:
         self.clock = Clock(job, agenda, num_phases)
         self.shards = [Shard(job, layout, index, agenda.budget_steps) for index in range(job.strategy.servers)]
         self.replies: dict[tuple[int, int], tuple[Reply, Tensor]] = {}
-        self.clocks: dict[int, dict[str, Any]] = {}
 
     def load(self, weights: Tensor, moments: Mapping[str, Tensor], clock: Mapping[str, Any] | None) -> None:
         """Start from whole vectors."""
@@ -194,8 +192,6 @@ class InlineServers:
             for rank, ticket in entry.members:
                 entry.replies[rank].grad_norm = norm
                 self.replies[rank, ticket] = entry.replies[rank], weights
-            if entry.capture:
-                self.clocks[entry.version + 1] = self.clock.state()
 
     def weights(self) -> Tensor:
         """All shards' weights (a copy)."""
@@ -219,10 +215,9 @@ class InlineChannel:
         self.bytes_sent += (gradient.numel() + weights.numel()) * weights.element_size()
         return reply
 
-    def join(self, weights: Tensor) -> Reply:
+    def join(self, head: Head, weights: Tensor) -> Reply:
         """Pull the newest version."""
-        weights.copy_(self.servers.weights())
-        return self.servers.clock.join(self.rank)
+        return self.exchange(head, weights[:0], weights)
 
     def leave(self) -> None:
         """Take no part."""
@@ -282,7 +277,8 @@ class InlineRuntime:
         board = Board(self.baton, self.size)
         if isinstance(self.job.strategy, ParameterServerSpec):
             phases = len(strategy.phases)
-            self.servers = InlineServers(self.job, strategy.flat.layout, strategy.agenda_copy(), phases)
+            agenda = Agenda(self.job, **strategy.agenda_arguments)
+            self.servers = InlineServers(self.job, strategy.flat.layout, agenda, phases)
             moments = {n: from_numpy(v) for n, v in cut.shared["moments"].items()} if cut else {}
             weights = from_numpy(cut.shared["weights"]) if cut else strategy.flat.weights
             self.servers.load(weights, moments, cut.shared["clock"] if cut else None)
@@ -331,8 +327,7 @@ class InlineRuntime:
         trainer = self.trainers[rank]
         try:
             yield from trainer.advance()
-            if self.servers is not None:
-                self.servers.commit(self.servers.clock.leave(rank))
+            trainer.strategy.leave()
         except PeerLost as lost:
             if "nobody can go on" in str(lost):
                 yield Failed(rank, trainer.strategy.progress.version, "exchange", str(lost), "")
@@ -351,7 +346,7 @@ class InlineRuntime:
         found = [piece for piece in pieces if piece is not None]
         if len(found) < len(pieces):
             return None
-        return join_captures(found, self.servers.clocks[version], carried)
+        return join_captures(found, carried)
 
     def request_stop(self) -> None:
         """Every worker votes at its next exchange."""
@@ -372,16 +367,3 @@ class InlineRuntime:
             self.handled.set()
             for thread in self.threads:
                 thread.join(timeout=5.0)
-
-
-DIFFERENT_MODELS = (
-    "build_model gave different weights on different ranks; draw them from torch's, numpy's or Python's global "
-    "generator, which distml seeds alike everywhere"
-)
-
-
-def failure(trainer: Trainer, error: Exception) -> Failed:
-    """A worker's exception as an event that names rank, phase and step."""
-    text = "".join(traceback.format_exception(error))
-    version = trainer.strategy.progress.version
-    return Failed(trainer.rank, version, trainer.activity, describe(error), text)

@@ -109,17 +109,13 @@ class Strategy(ABC):
         self.carried = Carried(self.model)
         self.module = TaskModule(task, self.model)
         updates = 1 if self.job.strategy.is_synchronous else self.world_size
-        self._agenda = (updates, dataset_size, self.snapshot_every)
-        self.agenda = self.agenda_copy()
+        self.agenda_arguments = {"updates_per_round": updates, "dataset_size": dataset_size,
+                                 "snapshot_every": self.snapshot_every}  # fmt: skip
+        self.agenda = Agenda(self.job, **self.agenda_arguments)
         if "group_mean" in task.needs:
             task.group_mean = self.group_mean  # type: ignore[method-assign]
         self._build()
         return self.model
-
-    def agenda_copy(self) -> Agenda:
-        """A fresh agenda of this run, for whoever else keeps one (the servers' clock)."""
-        updates, dataset_size, snapshot_every = self._agenda
-        return Agenda(self.job, updates_per_round=updates, dataset_size=dataset_size, snapshot_every=snapshot_every)
 
     def _build(self) -> None:
         """What a strategy adds to `prepare`."""
@@ -259,6 +255,9 @@ class Strategy(ABC):
 
     def rejoin(self) -> None:
         """Take part again after an evaluation, where others went on meanwhile."""
+
+    def leave(self) -> None:
+        """The run is over for this worker: nobody waits for it."""
 
     # ----------------------------------------------------------------------------------------------------------- state
     def shared_state(self) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distml.exchange.channel import Channel, Group, Head, Reply
+from distml.exchange.channel import PULL, Channel, Group, Head, Reply
 from distml.exchange.flat import TAIL, from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
 from distml.spec.schema import JobSpec, ParameterServerSpec
@@ -41,7 +41,7 @@ REQUESTED, TIMED_OUT = 1.0, 2.0  # votes
 
 @dataclass
 class Entry:
-    """One ordered update, or (`dropped`) gradients that come after the end.
+    """One ordered update; or (`dropped`) an answer in its place: to who joins, or whose gradient comes after the end.
 
     Attributes:
         number: position in the order; shards apply entries in it, without gaps.
@@ -49,6 +49,7 @@ class Entry:
         count: examples in them.
         version: of the weights before.
         capture: keep the shard's state after this entry under the new version.
+        clock: the clock's state after it, if it is captured.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Entry:
     last_phase: bool
     needs_norm: bool = False
     capture: bool = False
+    clock: dict[str, Any] | None = None
     dropped: bool = False
     replies: dict[int, Reply] = field(default_factory=dict)
 
@@ -94,12 +96,12 @@ class Clock:
         self.held, self.arrived, self.heads = [], {}, {}
         self.evaluators, self.evaluation_waits = set(), False
 
-    def join(self, rank: int) -> Reply:
+    def _join(self, head: Head) -> Entry:
         """A worker pulls the current version and computes from it."""
-        self.evaluators.discard(rank)
+        self.evaluators.discard(head.rank)
         if self.finished is None:
-            self.computing[rank] = self.version
-        return Reply(self.version, self.examples, finished=self.finished)
+            self.computing[head.rank] = self.version
+        return self._answer([head])
 
     def leave(self, rank: int) -> list[Entry]:
         """A worker no longer computes: its unfinished gradients are dropped, and nobody waits for it."""
@@ -124,6 +126,8 @@ class Clock:
             return []
         del self.arrived[key]
         head = self.heads.pop(key)
+        if head.phase == PULL:
+            return [self._join(head)]
         self.computing.pop(rank, None)
         if head.carried is not None or head.integers:
             weight = self.carried[rank][2] if rank in self.carried else 0.0
@@ -144,8 +148,9 @@ class Clock:
         entries = []
         while self.held:
             if self.finished is not None:
-                entries.append(self._drop())
-                continue
+                heads, self.held = self.held, []
+                entries.append(self._answer(heads))
+                break
             if any(start < self.version + 1 - self.bound for start in self.computing.values()):
                 break
             phase = self.held[0].phase
@@ -154,8 +159,8 @@ class Clock:
             entries.append(self._order(phase, heads))
         return entries
 
-    def _drop(self) -> Entry:
-        heads, self.held = self.held, []
+    def _answer(self, heads: list[Head]) -> Entry:
+        """An entry that changes nothing: its members get the weights as they are."""
         entry = self._entry(heads[0].phase, heads)
         entry.dropped = True
         for head in heads:
@@ -180,6 +185,7 @@ class Clock:
         clips = self.is_sync and self.job.optimizer.clip_norm is not None
         reports = entry.last_phase and crossed(entry.version, entry.version + 1, self.job.log.every)
         entry.needs_norm, entry.capture = clips or reports, self.agenda.captures(duties)
+        entry.clock = self.state() if entry.capture else None
         for position, head in enumerate(heads):
             own = duties if self.is_sync or position == 0 else ()
             reply = Reply(self.version, self.examples, staleness=entry.version - head.read_version,
@@ -284,11 +290,12 @@ class Shard:
         if entry.last_phase:
             self.optimizer.step_done()
         if entry.capture:
-            self.capture(entry.version + 1)
+            self.capture(entry.version + 1, entry.clock)
 
-    def capture(self, version: int) -> None:
+    def capture(self, version: int, clock: Mapping[str, Any] | None) -> None:
         """Keep a copy of the state under its version; the last few stay."""
         self.captures[version] = {
+            "clock": clock,
             "weights": to_numpy(self.weights).copy(),
             "moments": {name: to_numpy(vector).copy() for name, vector in self.optimizer.moments.items()},
             "updates": self.optimizer.updates,
@@ -297,7 +304,7 @@ class Shard:
             del self.captures[old]
 
 
-KEPT_CAPTURES = 4
+KEPT_CAPTURES = 8
 
 
 def shard_slice(layout: Layout, shard: tuple[int, int], phase: int) -> slice:
@@ -305,16 +312,6 @@ def shard_slice(layout: Layout, shard: tuple[int, int], phase: int) -> slice:
     first, last = layout.phase_range(phase)
     start, stop = max(shard[0], first), min(shard[1], last)
     return slice(start - first, max(start, stop) - first)
-
-
-def join_captures(pieces: list[dict[str, Any]], clock: Mapping[str, Any], carried: dict[str, Array]) -> dict[str, Any]:
-    """The shared half from all servers' captures of one version, in shard order."""
-    import numpy as np
-
-    moments = {name: np.concatenate([p["moments"][name] for p in pieces]) for name in pieces[0]["moments"]}
-    weights = np.concatenate([piece["weights"] for piece in pieces])
-    return {"weights": weights, "moments": moments, "carried": carried,
-            "clock": {**clock, "updates": pieces[0]["updates"]}}  # fmt: skip
 
 
 class ServerGroup:
@@ -360,8 +357,13 @@ class ParameterServer(Strategy):
 
     def rejoin(self) -> None:
         """Pull the newest version and take part."""
-        reply = self.channel.join(self.flat.weights)
+        head = Head(self.rank, self.ticket, PULL, self.progress.version, 0.0)
+        self.ticket += 1
+        reply = self.channel.join(head, self.flat.weights)
         self._advance(reply.version, reply.examples, reply.finished, ())
+
+    def leave(self) -> None:
+        self.channel.leave()
 
     def _exchange(self, phase: int, count: float, last: bool) -> None:
         gradient = self.flat.phase_message(phase)[:-TAIL]

@@ -1,0 +1,100 @@
+"""Collectives over torch.distributed: gloo between CPUs, NCCL between GPUs, with a rendezvous of our own.
+
+The rendezvous store listens on the node's own address only (loopback when all ranks share a host), on a port that the
+kernel picks. A peer's death closes its connections, which ends every collective here with `PeerLost`; whoever gets
+one closes its own side, so that the news reaches ranks that wait for somebody else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import socket
+import uuid
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distml.exchange.channel import PeerLost
+
+
+def open_rendezvous(address: str) -> socket.socket:
+    """A listening socket on `address`, whose port the kernel picks."""
+    listener = socket.create_server((address, 0), backlog=256)
+    listener.set_inheritable(True)
+    return listener
+
+
+class ProcessGroup:
+    """One rank of a group.
+
+    Args:
+        rank, size: place in the group.
+        host, port: of rank 0's rendezvous.
+        listener: rank 0's socket.
+        timeout_s: of one collective; longer than anything healthy, since the driver ends what is lost much earlier.
+    """
+
+    def __init__(
+        self, rank: int, size: int, host: str, port: int, listener: socket.socket | None, device: torch.device,
+        timeout_s: float,
+    ) -> None:  # fmt: skip
+        self.rank, self.size, self.bytes_sent = rank, size, 0
+        interface = interface_of(host)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+        timeout = datetime.timedelta(seconds=timeout_s)
+        try:
+            descriptor = listener.detach() if listener is not None else None
+            self._store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=timeout, wait_for_workers=False,
+                                        master_listen_fd=descriptor, use_libuv=True)  # fmt: skip
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=timeout,
+                                    group_name=f"distml-{uuid.uuid5(uuid.NAMESPACE_OID, f'{host}:{port}')}")  # fmt: skip
+            self._buffer_device = device
+        except RuntimeError as error:
+            raise PeerLost(f"rank {rank} could not join the group of {size} at {host}:{port}: {error}") from error
+
+    def all_reduce(self, vector: Tensor) -> None:
+        """Replace `vector` by its sum over all ranks."""
+        moved = vector.to(self._buffer_device)
+        try:
+            dist.all_reduce(moved)
+        except RuntimeError as error:
+            raise self._lost("all_reduce", error) from error
+        if moved is not vector:
+            vector.copy_(moved)
+        self.bytes_sent += math.ceil(2 * (self.size - 1) / self.size * vector.numel() * vector.element_size())
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        """Every rank's payload: lengths first, then bytes padded to the longest."""
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(payload)
+        self.all_reduce(lengths)
+        longest = max(1, int(lengths.max()))
+        board = torch.zeros(self.size, longest, dtype=torch.uint8)
+        board[self.rank, : len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else 0
+        self.all_reduce(board)
+        return [bytes(row[:length].numpy()) for row, length in zip(board, lengths.tolist(), strict=True)]
+
+    def _lost(self, operation: str, error: RuntimeError) -> PeerLost:
+        self.close()
+        text = " ".join(str(error).split())
+        return PeerLost(f"rank {self.rank}, {operation} of {self.size} ranks: {text[:200]}")
+
+    def close(self) -> None:
+        """Close all connections."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this IPv4 address, or None."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.family == socket.AF_INET and one.address == address for one in addresses):
+            return str(name)
+    return None

@@ -1,0 +1,416 @@
+"""The processes of a run on Ray: workers and parameter servers. Thin: what they do is in `loop` and `strategies`.
+
+    driver ── build, connect, load ──▶ worker, server            (each answered within `limits.start_s`)
+    driver ◀── stream of events ────── worker.advance            (one long call; ends with the run or a lost peer)
+    driver ── ping, request_stop ────▶ worker, server            (own thread of the worker: answered while it trains)
+    worker ── push slice ────────────▶ server ── slice of the new weights ──▶ worker
+    server k ── arrived ─────────────▶ server 0 ── apply entry n ──▶ server k
+
+A crash shows as a broken connection to whoever waits for the process: its wait ends with `PeerLost`, its event stream
+with `Interrupted`, and it stands ready to be connected anew. The driver decides what follows. torch is imported in
+the constructors, so that a driver that imports this file does without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import math
+import os
+import socket
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from distml.events import Event, Failed, Interrupted
+from distml.exchange.layout import Array, Layout
+from distml.spec.schema import JobSpec
+from distml.tasks.sources import SourceTree
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distml.exchange.channel import Head, Reply
+    from distml.strategies.parameter_server import Entry
+
+
+def open_log(directory: str, name: str) -> None:
+    """Send this process's output to the run's own log, where the run directory is on this host."""
+    logs = os.path.join(directory, "logs")
+    if os.path.isdir(logs):
+        descriptor = os.open(os.path.join(logs, f"{name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        faulthandler.enable(file=sys.stderr)
+
+
+def prepare_process(job: JobSpec) -> None:
+    """Threads as the spec says, before torch starts its own."""
+    threads = job.resources.cpus_per_worker
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+class RayChannel:
+    """A worker's way to the server actors."""
+
+    def __init__(self, servers: list[Any], job: JobSpec, layout: Layout, rank: int, generation: int) -> None:
+        self.servers, self.layout, self.rank, self.bytes_sent = servers, layout, rank, 0
+        self.ranges = [layout.shard(index, len(servers)) for index in range(len(servers))]
+        self.generation, self.calls = generation, 0
+        self.patience_s = job.limits.lost_after_s
+
+    def exchange(self, head: Head, gradient: Tensor, weights: Tensor) -> Reply:
+        """Push one slice to each server, wait until the gradient is applied, pull one slice from each."""
+        from distml.exchange.flat import to_numpy
+        from distml.strategies.parameter_server import shard_slice
+
+        head.ticket += self.generation * 10**9
+        whole = to_numpy(gradient)
+        calls = []
+        for index, server in enumerate(self.servers):
+            own = whole[shard_slice(self.layout, self.ranges[index], head.phase)]
+            calls.append(server.push.remote(head if index == 0 else (head.rank, head.ticket, head.phase), own))
+        answers = self._get(calls, f"gradient {head.ticket} of rank {head.rank} to be applied")
+        self.bytes_sent += (gradient.numel() + weights.numel()) * weights.element_size()
+        return self._take(answers, weights)
+
+    def join(self, head: Head, weights: Tensor) -> Reply:
+        """Pull the newest version."""
+        return self.exchange(head, weights[:0], weights)
+
+    def _take(self, answers: list[tuple[Reply, Array]], weights: Tensor) -> Reply:
+        from distml.exchange.flat import from_numpy
+
+        for (start, stop), (_, piece) in zip(self.ranges, answers, strict=True):
+            weights[start:stop].copy_(from_numpy(piece))
+        return answers[0][0]
+
+    def leave(self) -> None:
+        """Take no part."""
+        self._get([self.servers[0].leave.remote(self.rank)], "leave")
+
+    def judge(self, version: int, metrics: dict[str, float]) -> str | None:
+        """Report an evaluation."""
+        verdict: str | None = self._get([self.servers[0].judge.remote(self.rank, version, metrics)], "the verdict")[0]
+        return verdict
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        """Everyone's payload, through server 0."""
+        self.calls += 1
+        number = self.generation * 10**9 + self.calls
+        parts: list[bytes] = self._get([self.servers[0].gather.remote(self.rank, number, payload)], "all workers")[0]
+        return parts
+
+    def _get(self, calls: list[Any], awaited: str) -> list[Any]:
+        """Answers of the servers. The wait ends when a server dies or is told to interrupt; the driver sees to that."""
+        from distml.exchange.channel import PeerLost
+
+        while True:
+            try:
+                return list(ray.get(calls, timeout=self.patience_s))
+            except ray.exceptions.GetTimeoutError:
+                print(f"rank {self.rank} still waits for {awaited} after {self.patience_s:g} s", flush=True)
+            except (ray.exceptions.RayError, PeerLost) as error:
+                raise PeerLost(f"rank {self.rank} waited for {awaited}: {type(error).__name__}") from error
+
+
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 1})
+class WorkerActor:
+    """One worker's process."""
+
+    def __init__(self, rank: int, job_json: str, directory: str, snapshot_every: int | None, injections: tuple[str, ...]) -> None:
+        open_log(directory, f"worker-{rank}")
+        self.job = JobSpec.model_validate_json(job_json, by_alias=True, by_name=False)
+        self.rank, self.snapshot_every, self.injections = rank, snapshot_every, injections
+        self.trainer: Any = None
+        self.group: Any = None
+        self.busy = threading.Lock()
+        prepare_process(self.job)
+
+    def build(self, directory: str, files: dict[str, str], start_weights: Mapping[str, Array] | None) -> dict[str, Any]:
+        """Build task, stream and replica; what all ranks must agree on, or `{"error": ...}`."""
+        import torch
+
+        from distml.errors import UsageError
+        from distml.exchange.flat import to_numpy
+        from distml.loop import Trainer
+        from distml.tasks.build import build_task, describe
+
+        try:
+            SourceTree(directory, files).install()
+            device = torch.device("cuda", 0) if self.job.resources.gpus_per_worker else torch.device("cpu")
+            task = build_task(self.job)
+            self.trainer = Trainer(self.job, task, self.rank, self.job.resources.workers, device, self.snapshot_every,
+                                   self.injections)  # fmt: skip
+            self.trainer.build(start_weights)
+        except UsageError as error:
+            return {"error": str(error)}
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            return {"error": f"the task cannot be built: {describe(error)}"}
+        strategy = self.trainer.strategy
+        description = {
+            "fingerprint": strategy.flat.fingerprint(), "layout": strategy.flat.layout.to_json(),
+            "agenda": strategy.agenda_arguments, "phases": len(strategy.phases), "host": socket.gethostname(),
+            "address": ray.util.get_node_ip_address(), "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(),
+        }  # fmt: skip
+        if self.rank == 0:
+            description["frozen"] = {name: to_numpy(t).copy() for name, t in strategy.flat.frozen().items()}
+        return description
+
+    def start_weights(self) -> Array:
+        """The flat vector [N] that was built, as an object that the driver owns."""
+        from distml.exchange.flat import to_numpy
+
+        return to_numpy(self.trainer.strategy.flat.weights).copy()
+
+    def open_rendezvous(self, address: str) -> int:
+        """Listen for the other ranks; the port."""
+        from distml.exchange.process_group import open_rendezvous
+
+        self.listener = open_rendezvous(address)
+        return int(self.listener.getsockname()[1])
+
+    def connect(self, host: str | None, port: int, servers: list[Any], generation: int) -> None:
+        """Join the group, or take the way to the servers."""
+        channel = None
+        if self.group is not None:
+            self.group.close()
+            self.group = None
+        if host is not None:
+            from distml.exchange.process_group import ProcessGroup
+
+            listener = self.listener if self.rank == 0 else None
+            timeout_s = max(60.0, 10 * self.job.limits.lost_after_s)
+            self.group = ProcessGroup(self.rank, self.job.resources.workers, host, port, listener, self.trainer.device,
+                                      timeout_s)  # fmt: skip
+        if servers:
+            channel = RayChannel(servers, self.job, self.trainer.strategy.flat.layout, self.rank, generation)
+        self.trainer.connect(self.group, channel)
+
+    def load(self, shared: Mapping[str, Any] | None, own: Mapping[str, Any] | None) -> None:
+        """Go back to a state."""
+        if shared is not None:
+            self.trainer.load(shared, own)
+
+    def advance(self) -> Iterator[Event]:
+        """Train, yielding events, until the run ends, fails, or a peer is lost."""
+        from distml.exchange.channel import PeerLost
+        from distml.loop import failure
+
+        try:
+            yield from self.trainer.advance()
+            self.trainer.strategy.leave()
+        except PeerLost as lost:
+            print(f"interrupted: {lost}", flush=True)
+            if self.group is not None:
+                self.group.close()
+            yield Interrupted(self.rank, self.trainer.strategy.progress.version, str(lost))
+        except Exception as error:
+            failed: Failed = failure(self.trainer, error)
+            print(failed.traceback, flush=True)
+            yield failed
+
+    def evaluate_part(self, split: str, index: int, count: int, tensors: Mapping[str, Array]) -> dict[str, Any]:
+        """Sums and counts of one part of a split with these model tensors, or `{"error": ...}`."""
+        from distml.tasks.build import describe
+
+        try:
+            self.trainer.load_for_test(tensors)
+            means = self.trainer.evaluate_part(split, index, count)
+        except Exception as error:
+            return {"error": describe(error)}
+        return {"means": {name: (float(mean.total), float(mean.count)) for name, mean in means.items()}}
+
+    @ray.method(concurrency_group="control")
+    def ping(self) -> str:
+        """Alive: what it is doing."""
+        return "start" if self.trainer is None else str(self.trainer.activity)
+
+    @ray.method(concurrency_group="control")
+    def request_stop(self) -> None:
+        """Vote to end at the next version."""
+        if self.trainer is not None:
+            self.trainer.strategy.stop_requested = True
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class ServerActor:
+    """One parameter server's process: a shard, and on server 0 the clock. All methods share one event loop."""
+
+    def __init__(self, index: int, job_json: str, directory: str, injections: tuple[str, ...]) -> None:
+        open_log(directory, f"server-{index}")
+        self.job = JobSpec.model_validate_json(job_json, by_alias=True, by_name=False)
+        self.index = index
+        prepare_process(self.job)
+        from distml.inject import Injector
+
+        self.injector = Injector(injections, role="server", index=index)
+        self.waiting: dict[tuple[int, int], asyncio.Future[tuple[Reply, Array]]] = {}
+        self.gathering: dict[int, dict[int, bytes]] = {}
+        self.gathered: dict[int, asyncio.Future[list[bytes]]] = {}
+        self.queue: deque[Entry] = deque()
+        self.committing = False
+        self.turn = asyncio.Condition()
+
+    async def build(self, layout: list[dict[str, Any]], agenda: dict[str, Any], phases: int, servers: list[Any]) -> None:
+        """Lay out the shard."""
+        from distml.strategies.agenda import Agenda
+        from distml.strategies.parameter_server import Clock, Shard
+
+        self.servers = servers
+        plan = Agenda(self.job, **agenda)
+        self.shard = Shard(self.job, Layout.from_json(layout), self.index, plan.budget_steps)
+        self.clock = Clock(self.job, plan, phases)
+
+    async def load(
+        self, weights: Array, moments: Mapping[str, Array], clock: Mapping[str, Any] | None, ranks: list[int]
+    ) -> None:
+        """Start from whole vectors; these workers take part."""
+        from distml.exchange.flat import from_numpy
+
+        self._interrupt()
+        self.shard.load(from_numpy(weights), {n: from_numpy(v) for n, v in moments.items()}, clock["updates"] if clock else 0)
+        if clock is not None:
+            self.clock.load_state(clock)
+        self.clock.number, self.applied = 0, 0
+        self.clock.begin(ranks)
+
+    def _interrupt(self) -> None:
+        from distml.exchange.channel import PeerLost
+
+        for future in [*self.waiting.values(), *self.gathered.values()]:
+            if not future.done():
+                future.set_exception(PeerLost("the run goes back to an earlier state"))
+        self.waiting, self.gathered, self.gathering = {}, {}, {}
+        self.queue.clear()
+
+    async def interrupt(self) -> None:
+        """End every worker's wait."""
+        self._interrupt()
+
+    # -------------------------------------------------------------------------------------------------------- exchange
+    async def push(self, head: Any, gradient: Array) -> tuple[Reply, Array]:
+        """Hold a slice, wait until its entry is applied; the reply and this shard's new weights."""
+        from distml.exchange.flat import from_numpy
+
+        rank, ticket, phase = head if isinstance(head, tuple) else (head.rank, head.ticket, head.phase)
+        # Ray's memory is read-only and shared; sums are taken in place.
+        self.shard.hold(rank, ticket, from_numpy(gradient))
+        answer = self.waiting[rank, ticket] = asyncio.get_running_loop().create_future()
+        if self.index == 0:
+            self.injector.reach(self.clock.version)
+            await self._commit(self.clock.arrive(0, rank, ticket, head))
+        else:
+            self.servers[0].arrived.remote(self.index, rank, ticket)
+        return await answer
+
+    async def arrived(self, server: int, rank: int, ticket: int) -> None:
+        """On server 0: a slice has arrived elsewhere."""
+        await self._commit(self.clock.arrive(server, rank, ticket))
+
+    async def _commit(self, entries: list[Entry]) -> None:
+        """On server 0: apply entries everywhere, strictly one after the other."""
+        self.queue.extend(entries)
+        if self.committing:
+            return
+        self.committing = True
+        try:
+            while self.queue:
+                entry = self.queue.popleft()
+                norm = None
+                others = self.servers[1:]
+                if entry.needs_norm:
+                    squares = self.shard.reduce(entry)
+                    for rest in await asyncio.gather(*(server.reduce.remote(entry) for server in others)):
+                        squares += rest
+                    norm = math.sqrt(sum(squares))
+                for server in others:
+                    server.apply.remote(entry, norm)
+                self._apply(entry, norm, reduced=entry.needs_norm)
+        finally:
+            self.committing = False
+
+    async def reduce(self, entry: Entry) -> list[float]:
+        """On the others: sum the entry's gradients when its turn has come; the blocks' squared norms."""
+        await self._turn_of(entry)
+        self.injector.reach(entry.version)
+        return self.shard.reduce(entry)
+
+    async def apply(self, entry: Entry, norm: float | None) -> None:
+        """On the others: apply the entry when its turn has come."""
+        await self._turn_of(entry)
+        self.injector.reach(entry.version)
+        self._apply(entry, norm, reduced=entry.needs_norm)
+        async with self.turn:
+            self.turn.notify_all()
+
+    async def _turn_of(self, entry: Entry) -> None:
+        async with self.turn:
+            await self.turn.wait_for(lambda: self.applied >= entry.number - 1)
+
+    def _apply(self, entry: Entry, norm: float | None, reduced: bool) -> None:
+        from distml.exchange.flat import to_numpy
+
+        if not reduced:
+            self.shard.reduce(entry)
+        self.shard.apply(entry, norm)
+        self.applied = entry.number
+        weights = to_numpy(self.shard.weights).copy()
+        for rank, ticket in entry.members:
+            entry.replies[rank].grad_norm = norm
+            answer = self.waiting.pop((rank, ticket), None)
+            if answer is not None and not answer.done():
+                answer.set_result((entry.replies[rank], weights))
+
+    # ------------------------------------------------------------------------------------------------------ membership
+    async def leave(self, rank: int) -> None:
+        """A worker takes no part any more."""
+        self.shard.discard(rank)
+        if self.index == 0:
+            await self._commit(self.clock.leave(rank))
+
+    async def judge(self, rank: int, version: int, metrics: dict[str, float]) -> str | None:
+        """An evaluation's verdict."""
+        verdict, entries = self.clock.judge(rank, version, metrics)
+        await self._commit(entries)
+        return verdict
+
+    async def gather(self, rank: int, number: int, payload: bytes) -> list[bytes]:
+        """A collective of all workers."""
+        board = self.gathering.setdefault(number, {})
+        board[rank] = payload
+        if number not in self.gathered:
+            self.gathered[number] = asyncio.get_running_loop().create_future()
+        answer, size = self.gathered[number], self.job.resources.workers
+        if len(board) == size:
+            del self.gathering[number], self.gathered[number]
+            answer.set_result([board[r] for r in range(size)])
+        return await answer
+
+    async def captured(self, version: int) -> dict[str, Any] | None:
+        """This shard's state at a version, if it is still there."""
+        return self.shard.captures.get(version)
+
+    async def ping(self) -> str:
+        """Alive."""
+        return "serving"
+
+
+def end_process(pid: int) -> None:
+    """SIGKILL, also for a process that is stopped; gone already is fine."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 9)

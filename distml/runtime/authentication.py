@@ -1,0 +1,30 @@
+"""Ray's token authentication, decided before ray is imported: its core reads the mode once, at import."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+
+def cluster_address(address: str | None) -> str | None:
+    """The cluster to connect to: the argument, RAY_ADDRESS, that of the surrounding Ray job; None: a private Ray."""
+    in_job = "auto" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else None
+    return address or os.environ.get("RAY_ADDRESS") or in_job
+
+
+def prepare_authentication(address: str | None) -> None:
+    """Choose mode and token for a Ray that this process will start or connect to.
+
+    A private Ray gets token mode and a token that only this process and its children know. For an existing cluster
+    the mode is token where a token is at hand (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), as Ray's
+    own head node decides. A mode that is set already stays.
+    """
+    if "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:
+        return
+    if cluster_address(address) is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    elif {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ["RAY_AUTH_MODE"] = "token"

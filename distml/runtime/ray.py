@@ -1,0 +1,475 @@
+"""The Ray runtime: one actor per worker and server, placed together, listened to, and replaced when one dies.
+
+`RayRuntime` is the one class that owns actor handles. Its consumer is the driver: it asks for events and says when to
+recover. Every wait has a limit: start-up by `limits.start_s`; training by a ping of each process every `heartbeat_s`,
+where one that gives no answer for `lost_after_s` is ended (SIGKILL, so that a stopped one goes too) and reported as
+`Lost`. Shutdown removes actors and placement group; a private Ray ends with the run. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from distml.errors import RunError, UsageError
+from distml.events import Event, Failed, Finished, Interrupted
+from distml.exchange.layout import Array, Layout
+from distml.runtime.actors import ServerActor, WorkerActor, end_process
+from distml.runtime.authentication import cluster_address
+from distml.runtime.cut import Cut, join_captures
+from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
+from distml.runtime.oom import out_of_memory_kills
+from distml.spec.schema import JobSpec, ParameterServerSpec
+from distml.strategies.agenda import SNAPSHOT_EVERY
+from distml.tasks.sources import SourceTree
+
+POLL_S = 0.2
+
+class RayRuntime:
+    """A `WorkerGroup` of Ray actors.
+
+    Args:
+        job: the spec.
+        sources: the user's files.
+        address: of a running cluster; None: RAY_ADDRESS, the surrounding job's cluster, else a private Ray.
+        directory: the run directory.
+        injections: failures to cause.
+    """
+
+    def __init__(
+        self, job: JobSpec, sources: SourceTree, address: str | None, directory: Path, injections: tuple[str, ...] = ()
+    ) -> None:
+        self.job, self.sources, self.address, self.injections = job, sources, address, injections
+        self.directory = str(directory.resolve())
+        self.size = job.resources.workers
+        self.num_servers = job.strategy.servers if isinstance(job.strategy, ParameterServerSpec) else 0
+        self.job_json = job.model_dump_json(by_alias=True)
+        self.workers: dict[int, Any] = {}
+        self.servers: dict[int, Any] = {}
+        self.facts: dict[int, dict[str, Any]] = {}
+        self.streams: dict[int, Any] = {}
+        self.pings: dict[str, tuple[Any, float]] = {}
+        self.heard: dict[str, float] = {}
+        self.lost: dict[str, str] = {}
+        self.finished: set[int] = set()
+        self.generation = 0
+        self.group: PlacementGroup | None = None
+        self.stop_asked, self.stop_told, self.owns_ray = False, False, False
+        self.start_weights: Mapping[str, Array] | None = None
+        self.kills_before = out_of_memory_kills()
+
+    # ------------------------------------------------------------------------------------------------------- starting
+    def build(self, start_weights: Mapping[str, Array] | None) -> Description:
+        """Connect to Ray, place the processes and build the task in each."""
+        self.quiet = contextlib.ExitStack()
+        self.quiet.enter_context(diverted_output(Path(self.directory) / "logs" / "ray.log"))
+        self.owns_ray = connect(self.address, self.job)
+        check_resources(self.job, self.owns_ray)
+        self.start_weights = start_weights
+        self.group = self._place()
+        for index in range(self.num_servers):
+            self.servers[index] = self._server(index)
+        for rank in range(self.size):
+            self.workers[rank] = self._worker(rank)
+        self._build_workers(list(range(self.size)))
+        facts = self.facts[0]
+        self.layout = Layout.from_json(facts["layout"])
+        self.built_weights = self.workers[0].start_weights.remote() if self.servers else None
+        return Description(self.layout, facts["frozen"], self._transport(), sorted({f["host"] for f in self.facts.values()}))
+
+    def _place(self) -> PlacementGroup:
+        resources = self.job.resources
+        bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
+        if resources.gpus_per_worker:
+            bundle["GPU"] = resources.gpus_per_worker
+        group = placement_group([bundle] * self.size, strategy=resources.placement.upper())
+        if not group.wait(self.job.limits.start_s):
+            available = {name: ray.available_resources().get(name, 0) for name in bundle}
+            remove_placement_group(group)
+            raise UsageError(
+                f"after {self.job.limits.start_s:g} s still no place for {self.size} x {bundle} "
+                f"({resources.placement}); free now: {available}; wait for other jobs or raise limits.start_s"
+            )
+        return group
+
+    def _worker(self, rank: int) -> Any:
+        place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
+        resources = self.job.resources
+        snapshots = SNAPSHOT_EVERY if self.job.limits.max_restarts else None
+        options = WorkerActor.options(
+            num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, scheduling_strategy=place
+        )
+        return options.remote(rank, self.job_json, self.directory, snapshots, self.injections)
+
+    def _server(self, index: int) -> Any:
+        return ServerActor.remote(index, self.job_json, self.directory, self.injections)
+
+    def _build_workers(self, ranks: list[int]) -> None:
+        files = self.sources.files
+        weights = ray.put(dict(self.start_weights)) if self.start_weights is not None else None
+        calls = {rank: self.workers[rank].build.remote(self.sources.directory, files, weights) for rank in ranks}
+        for rank, facts in zip(calls, self._get(list(calls.values()), f"workers {ranks} to build the task"), strict=True):
+            if "error" in facts:
+                raise UsageError(facts["error"])
+            self.facts[rank] = facts
+        if len({facts["fingerprint"] for facts in self.facts.values()}) > 1:
+            raise UsageError(DIFFERENT_MODELS)
+        self.heard |= {f"rank {rank}": time.monotonic() for rank in ranks}
+
+    def _get(self, calls: list[Any], awaited: str) -> list[Any]:
+        """Answers within `limits.start_s`."""
+        limit = self.job.limits.start_s
+        try:
+            return list(ray.get(calls, timeout=limit))
+        except ray.exceptions.GetTimeoutError:
+            raise UsageError(f"waited {limit:g} s for {awaited}; see {self.directory}/logs, or raise limits.start_s") from None
+        except ray.exceptions.RayActorError as error:
+            raise RunError(f"a process died while the driver waited for {awaited}: {self._cause(error)}", phase="start") from None
+
+    def _transport(self) -> str:
+        if self.servers:
+            return f"object_store ({self.num_servers} server{'s' if self.num_servers > 1 else ''})"
+        if self.job.strategy.name == "single":
+            return "none (one worker)"
+        return "process_group (nccl)" if self.job.resources.gpus_per_worker else "process_group (gloo)"
+
+    # ------------------------------------------------------------------------------------------------------ connecting
+    def begin(self, cut: Cut | None) -> None:
+        """Connect everyone and load `cut`, then let the workers train."""
+        self.generation += 1
+        if self.servers:
+            self._load_servers(cut)
+        self._connect(list(range(self.size)))
+        shared = ray.put(self._worker_share(cut)) if cut is not None else None
+        own = cut.own if cut is not None else {}
+        self._get([w.load.remote(shared, own.get(rank)) for rank, w in self.workers.items()], "workers to load the state")
+        self.finished = set()
+        for rank in self.workers:
+            self._start(rank)
+
+    def _worker_share(self, cut: Cut) -> dict[str, Any]:
+        """What workers need of the shared half: moments stay with the servers where there are some."""
+        return {**cut.shared, "moments": {}} if self.servers else cut.shared
+
+    def _load_servers(self, cut: Cut | None) -> None:
+        facts, handles = self.facts[0], [self.servers[index] for index in sorted(self.servers)]
+        calls = [s.build.remote(facts["layout"], facts["agenda"], facts["phases"], handles) for s in handles]
+        self._get(calls, "servers to start")
+        if cut is not None:
+            weights, moments, clock = cut.shared["weights"], cut.shared["moments"], cut.shared["clock"]
+            state = (ray.put(weights), ray.put(moments), clock)
+        else:
+            state = (self.built_weights, {}, None)
+        self._get([server.load.remote(*state, list(range(self.size))) for server in handles], "servers to load the state")
+        self.heard |= {f"server {index}": time.monotonic() for index in self.servers}
+
+    def _connect(self, ranks: list[int]) -> None:
+        host, port = None, 0
+        if not self.servers and self.size > 1:
+            one_host = len({facts["node"] for facts in self.facts.values()}) == 1
+            host = "127.0.0.1" if one_host else self.facts[0]["address"]
+            port = self._get([self.workers[0].open_rendezvous.remote(host)], "rank 0's rendezvous")[0]
+        handles = [self.servers[index] for index in sorted(self.servers)]
+        calls = [self.workers[rank].connect.remote(host, port, handles, self.generation) for rank in ranks]
+        self._get(calls, "workers to connect")
+
+    def _start(self, rank: int) -> None:
+        self.streams[rank] = self.workers[rank].advance.options(num_returns="streaming").remote()
+        self.heard[f"rank {rank}"] = time.monotonic()
+
+    # -------------------------------------------------------------------------------------------------------- training
+    def events(self) -> Iterator[Event | Lost]:
+        """Events of all workers as they come; deaths as `Lost`. Ends when every worker has finished."""
+        while len(self.finished) < self.size:
+            ready: list[Any] = []
+            if self.streams:
+                ready, _ = ray.wait(list(self.streams.values()), num_returns=1, timeout=POLL_S)
+            else:
+                time.sleep(POLL_S)
+            for rank in [rank for rank, stream in self.streams.items() if stream in ready]:
+                event = self._next(rank)
+                if event is not None:
+                    yield event
+            self._heartbeat()
+            if self.stop_asked and not self.stop_told:
+                self.stop_told = True
+                for worker in self.workers.values():
+                    worker.request_stop.remote()
+            while self.lost:
+                role, cause = next(iter(self.lost.items()))
+                yield Lost(role, cause)
+                self.lost.pop(role, None)
+
+    def _next(self, rank: int) -> Event | None:
+        """The next event of a worker's stream; the end of the stream or the worker gives None."""
+        try:
+            event = cast(Event, ray.get(next(self.streams[rank])))
+        except StopIteration:
+            del self.streams[rank]
+            return None
+        except ray.exceptions.RayActorError as error:
+            self._mark_lost(f"rank {rank}", self._cause(error))
+            return None
+        self.heard[f"rank {rank}"] = time.monotonic()
+        if isinstance(event, Finished):
+            self.finished.add(rank)
+        if isinstance(event, Failed):
+            self.streams.pop(rank, None)
+        return None if isinstance(event, Interrupted) else event
+
+    def _heartbeat(self) -> None:
+        """Ping each process; who has given no answer for too long is ended."""
+        limits, now = self.job.limits, time.monotonic()
+        processes = {f"rank {r}": w for r, w in self.workers.items()} | {f"server {i}": s for i, s in self.servers.items()}
+        for role, actor in processes.items():
+            if role in self.lost:
+                continue
+            ping = self.pings.get(role)
+            if ping is None:
+                if now - self.heard.get(role, 0.0) >= limits.heartbeat_s:
+                    self.pings[role] = (actor.ping.remote(), now)
+                continue
+            if ray.wait([ping[0]], timeout=0)[0]:
+                del self.pings[role]
+                try:
+                    ray.get(ping[0])
+                    self.heard[role] = now
+                except ray.exceptions.RayActorError as error:
+                    self._mark_lost(role, self._cause(error))
+            elif now - max(ping[1], self.heard.get(role, 0.0)) > limits.lost_after_s:
+                self._end(role)
+                self._mark_lost(role, f"it gave no answer for {limits.lost_after_s:g} s (stopped or cut off) and was ended")
+
+    def _mark_lost(self, role: str, cause: str) -> None:
+        kind, index = role.split()
+        (self.workers if kind == "rank" else self.servers).pop(int(index), None)
+        if kind == "rank":
+            self.streams.pop(int(index), None)
+            if int(index) in self.finished and not self._needs_everyone:
+                return  # it had nothing left to do
+        self.pings.pop(role, None)
+        self.lost[role] = cause
+
+    @property
+    def _needs_everyone(self) -> bool:
+        return self.job.strategy.is_synchronous
+
+    def _end(self, role: str) -> None:
+        """SIGKILL the process of `role`, on whatever node it runs."""
+        kind, index = role.split()
+        actor = (self.workers if kind == "rank" else self.servers).get(int(index))
+        facts = self.facts.get(int(index)) if kind == "rank" else None
+        if facts is not None:
+            place = NodeAffinitySchedulingStrategy(facts["node"], soft=False)
+            killer = ray.remote(num_cpus=0)(end_process).options(scheduling_strategy=place)
+            ray.wait([killer.remote(facts["pid"])], timeout=self.job.limits.heartbeat_s + 5.0)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+
+    def _cause(self, error: Exception) -> str:
+        """Why a process died, in one line."""
+        text = " ".join(str(error).split())
+        if "OutOfMemory" in type(error).__name__ or "memory monitor" in text or "running low on memory" in text:
+            return "out of memory: ended by Ray's memory monitor"
+        if out_of_memory_kills() > self.kills_before:
+            self.kills_before = out_of_memory_kills()
+            return "out of memory: killed by the kernel"
+        if "creation task" in text or "__init__" in text:
+            return text[:300]
+        if "connection error" in text or "SYSTEM_ERROR" in text:
+            return "the process was killed by a signal (such as SIGKILL) or crashed; see its file in logs/"
+        return text[:200]
+
+    # -------------------------------------------------------------------------------------------------------- recovery
+    def recover(self, cut: Cut | None) -> bool:
+        """Replace what is lost; async workers rejoin, everything else goes back to `cut`."""
+        roles = list(self.lost)
+        self.lost = {}
+        if all(role.startswith("rank") for role in roles) and not self._needs_everyone:
+            for role in roles:
+                self._rejoin(int(role.split()[1]), cut)
+            return False
+        self._stop_streams()
+        for index in range(self.num_servers):
+            if index not in self.servers:
+                self.servers[index] = self._server(index)
+        missing = [rank for rank in range(self.size) if rank not in self.workers]
+        for rank in missing:
+            self.workers[rank] = self._worker(rank)
+        self.injections = ()
+        if missing:
+            self._build_workers(missing)
+        self.lost, self.pings = {}, {}
+        self.begin(cut)
+        return True
+
+    def _rejoin(self, rank: int, cut: Cut | None) -> None:
+        self._get([server.leave.remote(rank) for server in self.servers.values()], "servers to let a worker go")
+        self.injections = ()
+        self.workers[rank] = self._worker(rank)
+        self._build_workers([rank])
+        self.generation += 1
+        self._connect([rank])
+        own = cut.own.get(rank) if cut is not None else None
+        shared = self._worker_share(cut) if cut is not None else None
+        self._get([self.workers[rank].load.remote(shared, own)], f"rank {rank} to load its state")
+        self._start(rank)
+
+    def _stop_streams(self) -> None:
+        """Survivors end their loops: a broken group or interrupted servers end their waits. Who does not is replaced."""
+        for server in self.servers.values():
+            server.interrupt.remote()
+        deadline = time.monotonic() + self.job.limits.lost_after_s
+        while self.streams and time.monotonic() < deadline:
+            ready, _ = ray.wait(list(self.streams.values()), num_returns=1, timeout=POLL_S)
+            for rank in [rank for rank, stream in self.streams.items() if stream in ready]:
+                self._next(rank)
+        for rank in list(self.streams):
+            self._end(f"rank {rank}")
+            self._mark_lost(f"rank {rank}", "it did not leave a broken exchange")
+        self.streams = {}
+
+    # ---------------------------------------------------------------------------------------------------------- other
+    def shared_state(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
+        """The servers' captures of a version; None if a newer one has taken their place, or a server is gone."""
+        calls = [self.servers[index].captured.remote(version) for index in sorted(self.servers)]
+        try:
+            pieces = ray.get(calls, timeout=self.job.limits.lost_after_s)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return None
+        if len(pieces) < self.num_servers or any(piece is None for piece in pieces):
+            return None
+        return join_captures(pieces, carried)
+
+    def request_stop(self) -> None:
+        """Noticed by `events` (a signal handler must not call Ray)."""
+        self.stop_asked = True
+
+    def evaluate(self, split: str, tensors: Mapping[str, Array]) -> dict[str, tuple[float, float]]:
+        """In one part per worker, added up."""
+        state, size = ray.put(dict(tensors)), len(self.workers)
+        calls = [
+            worker.evaluate_part.remote(split, index, size, state)
+            for index, (_, worker) in enumerate(sorted(self.workers.items()))
+        ]
+        sums: dict[str, tuple[float, float]] = {}
+        for rank, answer in enumerate(self._get(calls, f"the evaluation of the {split} split")):
+            if "error" in answer:
+                raise RunError(answer["error"], role=f"rank {rank}", phase=f"evaluate {split}")
+            for name, (total, count) in answer["means"].items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = before[0] + total, before[1] + count
+        return sums
+
+    def close(self) -> None:
+        """End actors, placement group, and a Ray of our own."""
+        if not ray.is_initialized():
+            return
+        for actor in [*self.workers.values(), *self.servers.values()]:
+            ray.kill(actor, no_restart=True)
+        if self.group is not None:
+            remove_placement_group(self.group)
+        if self.owns_ray:
+            ray.shutdown()
+        self.quiet.close()
+
+
+# --------------------------------------------------------------------------------------------------------------- ray
+def connect(address: str | None, job: JobSpec) -> bool:
+    """Connect to a cluster, or start a private Ray; whether it is ours to end.
+
+    A private Ray has as many logical CPUs as the job asks for, a token of its own, no dashboard and no usage reports.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    target = cluster_address(address)
+    if target is not None:
+        try:
+            ray.init(address=target, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            text = " ".join(str(error).split())
+            raise UsageError(f"no Ray cluster at {target!r}: {text[:300]}; check --address or RAY_ADDRESS") from error
+        return False
+    needed = job.resources.workers * job.resources.cpus_per_worker
+    cores = len(os.sched_getaffinity(0))
+    if needed > cores:
+        print(f"warning: the job asks for {needed} CPUs, this machine has {cores}; workers will share them", file=sys.stderr)
+    ray.init(num_cpus=needed, include_dashboard=False, object_store_memory=object_store_bytes(), **quiet)
+    return True
+
+
+def object_store_bytes() -> int:
+    """A private Ray's object store: a quarter of the shared memory that is free, at most 2 GiB."""
+    free = os.statvfs("/dev/shm")
+    return max(80 * 2**20, min(2 * 2**30, free.f_bavail * free.f_frsize // 4))
+
+
+def check_resources(job: JobSpec, private: bool) -> None:
+    """Refuse at once what this cluster can never place, saying what was asked for and what there is.
+
+    Raises:
+        UsageError: with both.
+    """
+    resources = job.resources
+    each = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
+    total = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, amount in each.items():
+        if not amount:
+            continue
+        asked, there = amount * resources.workers, total.get(name, 0.0)
+        if asked > there:
+            raise UsageError(f"the job asks for {asked:g} {name}s ({resources.workers} workers x {amount:g}), "
+                             f"this {'machine' if private else 'cluster'} has {there:g}")  # fmt: skip
+        largest = max(node.get(name, 0.0) for node in nodes)
+        if amount > largest:
+            raise UsageError(f"each worker asks for {amount:g} {name}s, the largest node has {largest:g}")
+    if resources.placement == "strict_spread" and resources.workers > len(nodes):
+        raise UsageError(f"strict_spread asks for {resources.workers} nodes, the cluster has {len(nodes)}")
+
+
+class _ByThread:
+    """A text stream that sends what Ray's own threads print to a log, and everything else on."""
+
+    def __init__(self, stream: TextIO, log: TextIO) -> None:
+        self._stream, self._log = stream, log
+
+    def write(self, text: str) -> int:
+        target = self._log if threading.current_thread().name.startswith("ray_") else self._stream
+        return target.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def diverted_output(path: Path) -> Iterator[None]:
+    """What Ray says in this process goes to `path`, not to the terminal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as log:
+        before = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = cast(TextIO, _ByThread(before[0], log)), cast(TextIO, _ByThread(before[1], log))
+        handler = logging.StreamHandler(log)
+        logger = logging.getLogger("ray")
+        logger.addHandler(handler)
+        propagated, logger.propagate = logger.propagate, False
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            logger.removeHandler(handler)
+            logger.propagate = propagated
