@@ -67,7 +67,7 @@ class Result:
         """The trained model: the best checkpoint's weights, without `checkpoint.best` the last one's."""
         from distml.launch.evaluate import load_model
 
-        return load_model(self.directory)[1]
+        return load_model(self.directory).model
 
 
 def run(
