@@ -341,6 +341,7 @@ class ParameterServer(Strategy):
 
     def _build(self) -> None:
         self.ticket = 0
+        self.read_version = 0  # of the weights in the replica; between two phases they may be newer than the step's
         self.is_sync = self.job.strategy.is_synchronous
         self._group: Group | None = None
 
@@ -360,6 +361,7 @@ class ParameterServer(Strategy):
         head = Head(self.rank, self.ticket, PULL, self.progress.version, 0.0)
         self.ticket += 1
         reply = self.channel.join(head, self.flat.weights)
+        self.read_version = reply.version
         self._advance(reply.version, reply.examples, reply.finished, ())
 
     def leave(self) -> None:
@@ -372,13 +374,14 @@ class ParameterServer(Strategy):
             norm = math.sqrt(sum(block_square_norms(self.flat.layout, gradient, whole, phase))) / max(count, 1.0)
             gradient.mul_(clip_scale(norm, self.job.optimizer.clip_norm))
         vote = (REQUESTED if self.vote_reason == "requested" else TIMED_OUT) if self.wants_to_stop else 0.0
-        head = Head(self.rank, self.ticket, phase, self.progress.version, count, vote)
+        head = Head(self.rank, self.ticket, phase, self.read_version, count, vote)
         if not self.is_sync and last and self.carried.tensors:
             head.carried, head.integers = to_numpy(self.carried.average_vector()).copy(), self.carried.integers()
         self.ticket += 1
         before = self.channel.bytes_sent
         reply = self.channel.exchange(head, gradient, self.flat.weights)
         self.meter.bytes_sent += self.channel.bytes_sent - before
+        self.read_version = reply.version
         if reply.grad_norm is not None:
             self.meter.grad_norm = reply.grad_norm
         if last:
