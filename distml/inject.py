@@ -46,6 +46,10 @@ class Injection:
             raise UsageError(f"--inject {text}: servers compute no loss; use nan:rank=...")
         return cls(match[1], match[2], int(match[3]), int(match[4]))
 
+    def ends(self, role: str) -> bool:
+        """Whether it ends the process of `role`, for example "rank 1"."""
+        return self.action in ("kill", "stop") and f"{self.role} {self.index}" == role
+
     def __str__(self) -> str:
         return f"{self.action}:{self.role}={self.index},step={self.step}"
 

@@ -9,11 +9,14 @@ not, always passes `close`. No torch here: a driver starts fast, and runs where 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from distml.errors import DistmlError, RunError, UsageError
@@ -97,6 +100,7 @@ class Driver:
         if isinstance(event, FirstUpdate):
             if "timing/start_s" not in self.metrics:
                 self.metrics["timing/start_s"] = time.perf_counter() - self.started
+                trace_start()
         elif isinstance(event, Report):
             for row in self.merger.add(event):
                 self._write(row)
@@ -282,3 +286,12 @@ class Driver:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def trace_start() -> None:
+    """For `distml bench start`: the file that DISTML_TRACE_START names gets when the first update was, and whether torch
+    had been imported by then."""
+    path = os.environ.get("DISTML_TRACE_START")
+    if path:
+        imported = [name for name in ("torch",) if name in sys.modules]
+        Path(path).write_text(json.dumps({"time": time.time(), "imported": imported}), encoding="utf-8")

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from distml.errors import RunError, UsageError
 from distml.events import Event, Failed, Finished, Interrupted
 from distml.exchange.layout import Array, Layout
+from distml.inject import Injection
 from distml.runtime.actors import ServerActor, WorkerActor, end_process
 from distml.runtime.authentication import cluster_address
 from distml.runtime.cut import Cut, join_captures
@@ -296,6 +297,7 @@ class RayRuntime:
         """Replace what is lost; async workers rejoin, everything else goes back to `cut`."""
         roles = list(self.lost)
         self.lost = {}
+        self.injections = without_spent(self.injections, roles)
         if all(role.startswith("rank") for role in roles) and not self._needs_everyone:
             for role in roles:
                 self._rejoin(int(role.split()[1]), cut)
@@ -307,7 +309,6 @@ class RayRuntime:
         missing = [rank for rank in range(self.size) if rank not in self.workers]
         for rank in missing:
             self.workers[rank] = self._worker(rank)
-        self.injections = ()
         if missing:
             self._build_workers(missing)
         self.lost, self.pings = {}, {}
@@ -316,7 +317,6 @@ class RayRuntime:
 
     def _rejoin(self, rank: int, cut: Cut | None) -> None:
         self._get([server.leave.remote(rank) for server in self.servers.values()], "servers to let a worker go")
-        self.injections = ()
         self.workers[rank] = self._worker(rank)
         self._build_workers([rank])
         self.generation += 1
@@ -383,6 +383,16 @@ class RayRuntime:
         if self.owns_ray:
             ray.shutdown()
         self.quiet.close()
+
+
+def without_spent(injections: tuple[str, ...], roles: list[str]) -> tuple[str, ...]:
+    """The injections that are still to come: each process that was lost has spent its earliest kill or stop."""
+    left = list(injections)
+    for role in roles:
+        own = [text for text in left if Injection.parse(text).ends(role)]
+        if own:
+            left.remove(min(own, key=lambda text: Injection.parse(text).step))
+    return tuple(left)
 
 
 # --------------------------------------------------------------------------------------------------------------- ray
