@@ -93,7 +93,15 @@ class Driver:
                 self.handle(event)
         for row in self.merger.flush():
             self._write(row)
+        if self.end_version < 0:  # asked to stop, and the workers could not end in time: the newest cut is kept
+            self._keep_newest()
         return self._finish()
+
+    def _keep_newest(self) -> None:
+        self._rewind()
+        self.end_version = self.version
+        if self.cut is not None and self.cut.version not in self.store.steps():
+            self._commit(self.cut, important=True)
 
     def handle(self, event: Event | Lost) -> None:
         """Act on one event."""
@@ -289,8 +297,7 @@ class Driver:
 
 
 def trace_start() -> None:
-    """For `distml bench start`: the file that DISTML_TRACE_START names gets when the first update was, and whether torch
-    had been imported by then."""
+    """For `distml bench start`: write when the first update was, and whether torch is imported, to DISTML_TRACE_START."""
     path = os.environ.get("DISTML_TRACE_START")
     if path:
         imported = [name for name in ("torch",) if name in sys.modules]

@@ -1,0 +1,1 @@
+"""The other side of each measurement, written as its own documentation would have it written."""
