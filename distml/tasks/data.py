@@ -33,6 +33,8 @@ def map_tensors(batch: Batch, function: Any) -> Batch:
         return function(batch)
     if isinstance(batch, Mapping):
         return {key: map_tensors(value, function) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(value, function) for value in batch))
     if isinstance(batch, (tuple, list)):
         return type(batch)(map_tensors(value, function) for value in batch)
     return batch
@@ -74,8 +76,8 @@ def check_dataset(dataset: Dataset, split: str) -> None:
     """
     if not hasattr(dataset, "__len__"):
         raise TypeError(f"data({split!r}) must return a tuple of tensors or a map-style dataset, not {type(dataset)}")
-    if isinstance(dataset, (tuple, list)):
-        lengths = [len(tensor) for tensor in dataset]
+    if isinstance(dataset, (tuple, list, Mapping)):
+        lengths = [len(tensor) for tensor in (dataset.values() if isinstance(dataset, Mapping) else dataset)]
         if len(set(lengths)) > 1:
             raise ValueError(f"data({split!r}) has tensors of different lengths: {lengths}")
     if length(dataset) == 0:
@@ -97,7 +99,7 @@ class DataOrder:
             size = min(stop - start, self.count - offset)
             pieces.append(self.permutation(epoch)[offset : offset + size])
             start += size
-        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
 
     def permutation(self, epoch: int) -> Tensor:
         """The order of one epoch (int64 [count])."""
