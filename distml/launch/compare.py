@@ -148,8 +148,7 @@ def variation(key: str, value: str) -> Variation:
 
 def slug(value: str) -> str:
     """A value as part of a folder's name: `{name: x, mode: y}` is `name-x-mode-y`."""
-    text = re.sub(r"[^A-Za-z0-9._+-]+", "-", value)
-    return re.sub(r"-*\.?-*$", "", text.strip("-"))[:60] or "value"
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", value).strip("-.")[:60] or "value"
 
 
 # ------------------------------------------------------------------------------------------------------------- running

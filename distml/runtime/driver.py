@@ -297,7 +297,7 @@ class Driver:
 
 
 def trace_start() -> None:
-    """For `distml bench start`: write when the first update was, and whether torch is imported, to DISTML_TRACE_START."""
+    """For `distml bench start`: write the time, and whether torch is imported, to the file DISTML_TRACE_START."""
     path = os.environ.get("DISTML_TRACE_START")
     if path:
         imported = [name for name in ("torch",) if name in sys.modules]
