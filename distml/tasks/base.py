@@ -156,8 +156,8 @@ class Task:
         return {"loss": Mean(float(loss.total), loss.count)}
 
     def group_mean(self, tensor: Tensor) -> Tensor:
-        """The mean of `tensor` over all workers; only for tasks whose `needs` name `group_mean`."""
-        return tensor
+        """The mean of `tensor` over all workers, a constant; only for tasks whose `needs` name `group_mean`."""
+        return tensor.detach()
 
 
 def as_loss(value: Loss | Tensor, batch: Batch, method: str) -> Loss:
