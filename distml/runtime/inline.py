@@ -119,17 +119,30 @@ class Board:
         self.sums: dict[int, Tensor] = {}
 
     def meet(self, rank: int, value: Any) -> tuple[int, list[Any]]:
-        """(number of this collective, everyone's values in rank order)."""
+        """(number of this collective, everyone's values in rank order).
+
+        Raises:
+            RuntimeError: ranks call different collectives.
+        """
         number = self.calls[rank]
         self.calls[rank] += 1
         slot = self.slots.setdefault(number, {})
         slot[rank] = value
+        for other in slot:
+            if _kind(slot[other]) != _kind(value):
+                raise RuntimeError(f"ranks call different collectives: rank {other} is at {_kind(slot[other])}, "
+                                   f"rank {rank} at {_kind(value)}")  # fmt: skip
         missing = lambda: [r for r in range(self.size) if r not in slot]  # noqa: E731
         self.baton.wait(rank, lambda: not missing(), f"collective {number} of all {self.size} ranks")
         for old in [n for n in self.slots if n < min(self.calls) - 1]:
             self.slots.pop(old)
             self.sums.pop(old, None)
         return number, [slot[r] for r in range(self.size)]
+
+
+def _kind(value: Any) -> str:
+    """What a rank calls with this value."""
+    return f"all_reduce of {tuple(value.shape)}" if isinstance(value, Tensor) else "all_gather"
 
 
 class InlineGroup:
@@ -243,6 +256,7 @@ class InlineRuntime:
         self.threads: list[threading.Thread] = []
         self.queue: queue.Queue[Event | None] = queue.Queue()
         self.handled = threading.Event()
+        self.closing = False
         self.servers: InlineServers | None = None
 
     def build(self, start_weights: Mapping[str, Array] | None) -> Description:
@@ -317,6 +331,8 @@ class InlineRuntime:
             for event in self._guarded(rank):
                 self.queue.put(event)
                 self.handled.wait()  # the driver is one of those of whom exactly one runs
+                if self.closing:
+                    return
                 self.handled.clear()
         finally:
             self.queue.put(None)
@@ -364,6 +380,7 @@ class InlineRuntime:
         """Let waiting threads end."""
         if self.threads:
             self.baton.stop("the run is being closed")
+            self.closing = True
             self.handled.set()
             for thread in self.threads:
                 thread.join(timeout=5.0)

@@ -29,6 +29,9 @@ from distml.strategies.optimizer import schedule_factor
 from distml.tasks.base import Loss, Mean, Progress, Task, as_loss
 from distml.tasks.data import Batch
 
+# Votes to end the run at the next version. They are added up over workers: whoever sees 1 or more knows of a request.
+REQUESTED, TIMED_OUT = 1.0, 2.0**-12
+
 
 class BadLossError(ValueError):
     """A loss that is NaN or infinite."""
@@ -156,7 +159,7 @@ class Strategy(ABC):
         """Let all workers' gradients of this phase become one update of its weights."""
         message = self.flat.phase_message(phase)
         message[message.numel() - TAIL + COUNT] = self._count
-        message[message.numel() - TAIL + VOTE] = float(self.wants_to_stop)
+        message[message.numel() - TAIL + VOTE] = self.vote
         started, before = self._mark, time.perf_counter()
         self.meter.compute_s += before - started
         last = phase == self.phases[-1]
@@ -187,17 +190,17 @@ class Strategy(ABC):
         self.finished, self.duties = finished, duties
 
     @property
-    def wants_to_stop(self) -> bool:
-        """This worker's vote to end at the next version: it was asked to, or the time budget is used up."""
+    def vote(self) -> float:
+        """This worker's vote to end at the next version: it was asked to, or its time budget is used up."""
         seconds = self.job.stop.seconds
-        return self.stop_requested or (seconds is not None and self.train_seconds >= seconds)
+        if self.stop_requested:
+            return REQUESTED
+        return TIMED_OUT if seconds is not None and self.train_seconds >= seconds else 0.0
 
-    @property
-    def vote_reason(self) -> str:
-        """Why a vote ended the run, as seen here."""
-        seconds = self.job.stop.seconds
-        timed_out = seconds is not None and self.train_seconds >= seconds and not self.stop_requested
-        return "seconds" if timed_out else "requested"
+    @staticmethod
+    def verdict(votes: float) -> str | None:
+        """Why the run is over by the sum of all workers' votes, the same on every worker; or None."""
+        return "requested" if votes >= REQUESTED else "seconds" if votes > 0 else None
 
     def learning_rate(self) -> float:
         """Of parameter group 0, for the next update."""
@@ -277,7 +280,7 @@ class Strategy(ABC):
         self.agenda.load_state(clock["agenda"])
         self.flat.gradients.zero_()
         self._count, self.finished, self.duties = 0.0, None, ()
-        self._advance(clock["version"], clock["examples"], None, ())
+        self._advance(clock["version"], clock["examples"], self.agenda.spent(clock["version"], clock["examples"]), ())
 
     def clock_state(self) -> dict[str, Any]:
         """JSON values: version, examples, updates and the evaluations so far."""

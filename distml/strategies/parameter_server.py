@@ -36,8 +36,6 @@ from distml.strategies.agenda import Agenda, crossed
 from distml.strategies.base import Strategy
 from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
 
-REQUESTED, TIMED_OUT = 1.0, 2.0  # votes
-
 
 @dataclass
 class Entry:
@@ -176,11 +174,9 @@ class Clock:
         entry = self._entry(phase, heads)
         duties: tuple[str, ...] = ()
         if entry.last_phase:
-            votes = max(head.vote for head in heads)
-            reason = {0.0: None, REQUESTED: "requested"}.get(votes, "seconds")
             self.version += 1
             self.examples += round(entry.count)
-            self.finished = self.agenda.spent(self.version, self.examples) or reason
+            self.finished = self.agenda.spent(self.version, self.examples) or Strategy.verdict(sum(h.vote for h in heads))
             duties = self._duties()
         clips = self.is_sync and self.job.optimizer.clip_norm is not None
         reports = entry.last_phase and crossed(entry.version, entry.version + 1, self.job.log.every)
@@ -226,7 +222,8 @@ class Clock:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
-        self.version, self.examples, self.finished = state["version"], state["examples"], None
+        self.version, self.examples = state["version"], state["examples"]
+        self.finished = self.agenda.spent(self.version, self.examples)
         self.agenda.load_state(state["agenda"])
         self.number, self.carried = 0, {}
 
@@ -373,8 +370,7 @@ class ParameterServer(Strategy):
             whole = (0, self.flat.layout.numel)
             norm = math.sqrt(sum(block_square_norms(self.flat.layout, gradient, whole, phase))) / max(count, 1.0)
             gradient.mul_(clip_scale(norm, self.job.optimizer.clip_norm))
-        vote = (REQUESTED if self.vote_reason == "requested" else TIMED_OUT) if self.wants_to_stop else 0.0
-        head = Head(self.rank, self.ticket, phase, self.read_version, count, vote)
+        head = Head(self.rank, self.ticket, phase, self.read_version, count, self.vote)
         if not self.is_sync and last and self.carried.tensors:
             head.carried, head.integers = to_numpy(self.carried.average_vector()).copy(), self.carried.integers()
         self.ticket += 1

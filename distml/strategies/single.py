@@ -67,7 +67,7 @@ class Single(Strategy):
         if last:
             self.optimizer.step_done()
             examples = self.progress.examples + round(tail[COUNT])
-            finished = self.agenda.spent(version + 1, examples) or (self.vote_reason if tail[VOTE] > 0 else None)
+            finished = self.agenda.spent(version + 1, examples) or self.verdict(tail[VOTE])
             self._advance(version + 1, examples, finished, self.agenda.duties(version + 1, finished))
 
     def shared_state(self) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from own.oracle import job_of, spec_of
 
 from distml.exchange.channel import PULL, Head
 from distml.strategies.agenda import Agenda
-from distml.strategies.parameter_server import REQUESTED, TIMED_OUT, Clock
+from distml.strategies.base import REQUESTED, TIMED_OUT
+from distml.strategies.parameter_server import Clock
 
 
 class Workers:
