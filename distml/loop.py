@@ -177,17 +177,18 @@ class Trainer:
 
     def evaluate_part(self, split: str, index: int, count: int) -> dict[str, Mean]:
         """Sums and counts of one part; training's random states are left as they were."""
-        dataset = self.task.data(split) if type(self.task).data is not Task.data else None
-        seed = mix(self.job.seed, index, 2)
-        part = Part(index, count, seed, split, dataset=dataset, device=self.device)
         states = random_states()
         self.model.eval()
         try:
+            dataset = self.task.data(split) if type(self.task).data is not Task.data else None
+            part = Part(index, count, mix(self.job.seed, index, 2), split, dataset=dataset, device=self.device)
             with torch.no_grad():
                 means = self.task.evaluate(self.model, part, self.strategy.progress)
         finally:
             self.model.train()
             set_random_states(states)
+        if not isinstance(means, Mapping):
+            raise TypeError(f"evaluate must return a dict of distml.Mean(total, count), not {type(means).__name__}")
         for name, mean in means.items():
             if not isinstance(mean, Mean):
                 raise TypeError(f"evaluate must return distml.Mean(total, count) values; {name!r} is {type(mean).__name__}")

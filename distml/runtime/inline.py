@@ -273,6 +273,7 @@ class InlineRuntime:
                 raise
             except Exception as error:
                 raise UsageError(f"the task cannot be built: {describe(error)}") from error
+            self.sources.mark_imported()
             self.trainers.append(trainer)
             self.states.append(random_states())
         prints = {trainer.strategy.flat.fingerprint() for trainer in self.trainers}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import os
@@ -40,9 +39,6 @@ def build_own_task(spec: OwnTaskSpec) -> Task:
     module_name, class_name = spec.name.split(":")
     try:
         module = importlib.import_module(module_name)
-        if module.__file__ and os.path.exists(module.__file__):
-            digest = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-            module.__distml_digest__ = digest  # type: ignore[attr-defined]
     except Exception as error:
         raise UsageError(f"task {spec.name!r} cannot be imported: {describe(error)}") from error
     task_class = getattr(module, class_name, None)

@@ -45,11 +45,18 @@ class SourceTree:
             for name, text in self.files.items():
                 (home / name).parent.mkdir(parents=True, exist_ok=True)
                 (home / name).write_text(text, encoding="utf-8")
-        if str(home) not in sys.path:
-            sys.path.insert(0, str(home))
-        for name in self.files:
-            _forget_foreign_module(name, home)
+        sys.path[:] = [str(home), *(entry for entry in sys.path if entry != str(home))]
+        if any(_is_stale(name, home) for name in self.files):
+            for name in self.files:  # all of them: they hold what they imported from each other
+                sys.modules.pop(_module_name(name), None)
         importlib.invalidate_caches()
+
+    def mark_imported(self) -> None:
+        """Remember what the imported modules' text is, so that a later `install` sees whether it has changed."""
+        for name in self.files:
+            module = sys.modules.get(_module_name(name))
+            if module is not None and not hasattr(module, DIGEST):
+                setattr(module, DIGEST, _digest(Path(str(module.__file__))))
 
     def fingerprint(self) -> str:
         """SHA-256 over the files' names and texts."""
@@ -66,17 +73,24 @@ def _same_text(file: Path, text: str) -> bool:
         return False
 
 
-def _forget_foreign_module(relative: str, home: Path) -> None:
-    """Drop a module of the same name that was imported from elsewhere, or whose text has changed since."""
-    name = relative.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    module = sys.modules.get(name)
-    file = home / relative
+DIGEST = "__distml_digest__"
+
+
+def _module_name(relative: str) -> str:
+    return relative.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_stale(relative: str, home: Path) -> bool:
+    """Whether a module of this name was imported from elsewhere, or its text has changed since."""
+    module = sys.modules.get(_module_name(relative))
     if module is None or getattr(module, "__file__", None) is None:
-        return
-    known = getattr(module, "__distml_digest__", None)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if Path(str(module.__file__)) != file or (known is not None and known != digest):
-        del sys.modules[name]
+        return False
+    file = home / relative
+    return Path(str(module.__file__)) != file or getattr(module, DIGEST, None) not in (None, _digest(file))
 
 
 def module_files(directory: Path, module: str) -> list[Path]:
