@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
@@ -20,6 +21,7 @@ import typer
 
 from distml import __version__
 from distml.errors import DistmlError, ExitCode
+from distml.runtime.authentication import STUCK_THREAD
 from distml.spec.yaml import one_line
 
 P = ParamSpec("P")
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="distml", standalone_mode=False)
+        _leave_stuck_ray(int(code or 0))
         return int(code or 0)
     except typer.Abort:
         return int(ExitCode.INTERRUPTED)
@@ -73,6 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _report(error, None, debug=False)
         message = " ".join(str(error.format_message()).split()).rstrip(".")
         return _fail(f"{message}; see distml --help", ExitCode.USAGE)
+
+
+def _leave_stuck_ray(code: int) -> None:
+    """End at once where Ray has died around this process: its own exit handlers would wait for it and then crash."""
+    if any(thread.name == STUCK_THREAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _verb(function: Callable[P, int | None]) -> Callable[P, int]:
@@ -87,6 +98,8 @@ def _verb(function: Callable[P, int | None]) -> Callable[P, int]:
             return int(code or 0)
         except (typer.Exit, typer.Abort):
             raise
+        except KeyboardInterrupt:
+            return int(ExitCode.INTERRUPTED)
         except Exception as error:
             return _report(error, out if isinstance(out, Path) else None, debug=bool(debug))
 

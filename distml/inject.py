@@ -1,9 +1,9 @@
 """Failures on purpose: `--inject kill:rank=1,step=50` gives users the injector of the tests.
 
-    kill:rank=R,step=S      SIGKILL the process of worker R when it reaches step S (server=K for a server)
-    stop:rank=R,step=S      SIGSTOP it: it lives but no longer answers
-    nan:rank=R,step=S       its loss is NaN at that step
-    slow:rank=R,step=S      from that step on it sleeps 50 ms per step
+kill:rank=R,step=S      SIGKILL the process of worker R when it reaches step S (server=K for a server)
+stop:rank=R,step=S      SIGSTOP it: it lives but no longer answers
+nan:rank=R,step=S       its loss is NaN at that step
+slow:rank=R,step=S      from that step on it sleeps 50 ms per step
 """
 
 from __future__ import annotations

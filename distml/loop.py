@@ -27,7 +27,7 @@ from distml.exchange.layout import Array
 from distml.inject import Injector
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import crossed
-from distml.strategies.base import Meter
+from distml.strategies.base import Meter, seed_everything
 from distml.strategies.build import build_strategy
 from distml.tasks.base import Mean, Part, Stream, Task
 from distml.tasks.build import describe
@@ -70,22 +70,25 @@ class Trainer:
         """
         self.stream, dataset_size = self._build_stream()
         self.model = self.strategy.prepare(self.task, start_weights, dataset_size)
-        seed = mix(self.job.seed, self.rank, 1)
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+        seed_everything(mix(self.job.seed, self.rank, 1))
         return self.model
 
     def _build_stream(self) -> tuple[Stream, int | None]:
         job, version = self.job, self.strategy.progress.version
         share = job.batch_size * (self.rank + 1) // self.world_size - job.batch_size * self.rank // self.world_size
         part = Part(self.rank, self.world_size, mix(job.seed, self.rank, version), "train", share, device=self.device)
-        stream = self.task.stream(part)
+        states = random_states()
+        try:  # like the model: the same on every rank, and whenever it is built
+            seed_everything(part.seed)
+            stream = self.task.stream(part)
+            seed_everything(job.seed)
+            dataset = self.task.data("train") if stream is None else None
+        finally:
+            set_random_states(states)
         if stream is not None:
             if job.stop.epochs is not None:
                 raise UsageError("stop.epochs needs a task with data(split); this one has a stream of its own")
             return stream, None
-        dataset = self.task.data("train")
         check_dataset(dataset, "train")
         return DatasetStream(dataset, job.seed, job.batch_size, self.rank, self.world_size), length(dataset)
 
@@ -127,7 +130,7 @@ class Trainer:
         if not self.has_updated:
             self.has_updated = True
             yield FirstUpdate(self.rank, version)
-        if crossed(before, version, self.job.log.every) or strategy.finished is not None:
+        if crossed(before, version, self.job.log.every) or strategy.finished not in (None, "requested"):
             yield self._report()
         if not duties:
             return
@@ -177,11 +180,13 @@ class Trainer:
 
     def evaluate_part(self, split: str, index: int, count: int) -> dict[str, Mean]:
         """Sums and counts of one part; training's random states are left as they were."""
-        states = random_states()
+        states, seed = random_states(), mix(self.job.seed, index, 2)
         self.model.eval()
         try:
+            seed_everything(self.job.seed)
             dataset = self.task.data(split) if type(self.task).data is not Task.data else None
-            part = Part(index, count, mix(self.job.seed, index, 2), split, dataset=dataset, device=self.device)
+            seed_everything(seed)
+            part = Part(index, count, seed, split, dataset=dataset, device=self.device)
             with torch.no_grad():
                 means = self.task.evaluate(self.model, part, self.strategy.progress)
         finally:
@@ -191,7 +196,9 @@ class Trainer:
             raise TypeError(f"evaluate must return a dict of distml.Mean(total, count), not {type(means).__name__}")
         for name, mean in means.items():
             if not isinstance(mean, Mean):
-                raise TypeError(f"evaluate must return distml.Mean(total, count) values; {name!r} is {type(mean).__name__}")
+                raise TypeError(
+                    f"evaluate must return distml.Mean(total, count) values; {name!r} is {type(mean).__name__}"
+                )
         return means
 
     # ----------------------------------------------------------------------------------------------------------- state

@@ -14,7 +14,7 @@ from torch import Tensor
 from distml.exchange.layout import Array
 
 
-class PeerLost(Exception):  # noqa: N818 (it names what happened, and is no defect of the process that raises it)
+class PeerLost(Exception):
     """An exchange ended because a peer died, was lost or asked everyone to stop; the runtime decides what follows."""
 
 

@@ -40,14 +40,17 @@ class FlatModel:
         types = {parameter.dtype for parameter in trained.values()}
         if len(types) != 1:
             raise ValueError(
-                f"trained parameters must have one type, not {sorted(map(str, types))}" if types
+                f"trained parameters must have one type, not {sorted(map(str, types))}"
+                if types
                 else "the model has no parameter to train (requires_grad)"
             )
         rows = []
         for name, parameter in trained.items():
             phase = _first_match(name, phase_patterns)
             if phase is None:
-                raise ValueError(f"parameter {name!r} matches no phase's pattern {list(phase_patterns)}; freeze it or add it")
+                raise ValueError(
+                    f"parameter {name!r} matches no phase's pattern {list(phase_patterns)}; freeze it or add it"
+                )
             group = _first_match(name, group_patterns)
             rows.append((name, tuple(parameter.shape), phase, 0 if group is None else group + 1))
         self.layout = Layout.build(rows)

@@ -104,7 +104,9 @@ class Layout:
 
         def cut(position: int) -> int:
             target = self.numel * position / count
-            return min(starts, key=lambda start: abs(start - target)) if 0 < position < count else position and self.numel
+            return (
+                min(starts, key=lambda start: abs(start - target)) if 0 < position < count else position and self.numel
+            )
 
         return cut(index), cut(index + 1)
 

@@ -11,11 +11,11 @@ import datetime
 import math
 import os
 import socket
-import uuid
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined, unused-ignore]
 
 from distml.exchange.channel import PeerLost
 
@@ -48,11 +48,13 @@ class ProcessGroup:
         timeout = datetime.timedelta(seconds=timeout_s)
         try:
             descriptor = listener.detach() if listener is not None else None
-            self._store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=timeout, wait_for_workers=False,
+            self._store = TCPStore(host, port, size, is_master=rank == 0, timeout=timeout, wait_for_workers=False,
                                         master_listen_fd=descriptor, use_libuv=True)  # fmt: skip
             backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=timeout,
-                                    group_name=f"distml-{uuid.uuid5(uuid.NAMESPACE_OID, f'{host}:{port}')}")  # fmt: skip
+            name = f"distml-{host}:{port}"
+            dist.init_process_group(
+                backend, store=self._store, rank=rank, world_size=size, timeout=timeout, group_name=name
+            )
             self._buffer_device = device
         except RuntimeError as error:
             raise PeerLost(f"rank {rank} could not join the group of {size} at {host}:{port}: {error}") from error

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distml.errors import DistmlError, ExitCode, RunError, UsageError
+from distml.errors import ExitCode, RunError, UsageError
 from distml.inject import Injection
 from distml.runs.checkpoints import CheckpointStore, resolve_source
 from distml.runs.directory import Result as ResultRecord
@@ -108,7 +108,9 @@ def run(
         earlier = directory.result.read()
         resume = check_resume(directory, loaded, earlier, display)
         if resume is None and earlier is not None:
-            display.note(f"already finished: {earlier.status} at step {earlier.step}; nothing was run (--fresh runs anew)")
+            display.note(
+                f"already finished: {earlier.status} at step {earlier.step}; nothing was run (--fresh runs anew)"
+            )
             return as_result(earlier, path)
         sources = prepare_directory(directory, loaded)
         group = make_group(loaded, sources, runtime, address, directory.path, tuple(inject))
@@ -117,22 +119,17 @@ def run(
 
 def drive(driver: Driver, resume: bool, runtime: str) -> Result:
     """Build, train, and record the end, whatever it is."""
-    job, directory, display = driver.job, driver.directory, driver.display
+    directory, display = driver.directory, driver.display
     try:
-        driver.build(start_weights(job) if not resume else None, resume)
-        description = driver.description
-        directory.write_environment(environment(runtime, description.transport, description.hosts))
-        elements = sum(entry.numel for entry in description.layout.entries)
-        workers = f"{job.resources.workers} worker{'s' if job.resources.workers > 1 else ''}"
-        display.start(f"{elements:,} parameters, {job.strategy.label}, {workers}, {description.transport}")
-        if driver.start_version:
-            display.note(f"resuming from step {driver.start_version}")
-        driver.train()
-    except BaseException as error:
-        if not isinstance(error, DistmlError) and isinstance(error, Exception):
-            directory.logs.mkdir(exist_ok=True)
+        with driver.signals():
+            driver.build(start_weights(driver.job) if not resume else None, resume)
+            announce(driver, runtime)
+            driver.train()
+    except KeyboardInterrupt as error:
         driver.fail(error)
-        display.finish([])
+    except BaseException as error:
+        driver.fail(error)
+        display.close()
         raise
     finally:
         driver.close()
@@ -140,7 +137,19 @@ def drive(driver: Driver, resume: bool, runtime: str) -> Result:
     assert record is not None
     result = as_result(record, directory.path)
     display.finish(closing_lines(result))
+    display.close()
     return result
+
+
+def announce(driver: Driver, runtime: str) -> None:
+    """Say and record what will run."""
+    job, description = driver.job, driver.description
+    driver.directory.write_environment(environment(runtime, description.transport, description.hosts))
+    elements = sum(entry.numel for entry in description.layout.entries)
+    workers = f"{job.resources.workers} worker{'s' if job.resources.workers > 1 else ''}"
+    driver.display.start(f"{elements:,} parameters, {job.strategy.label}, {workers}, {description.transport}")
+    if driver.start_version:
+        driver.display.note(f"resuming from step {driver.start_version}")
 
 
 def run_command(
@@ -155,7 +164,9 @@ def run_command(
     display = make_display(sys.stdout.isatty(), loaded.job.name, budget)
     if debug:
         os.environ["DISTML_DEBUG"] = "1"
-    result = run(spec, overrides, out=out, runtime=runtime, address=address, fresh=fresh, inject=inject, display=display)
+    result = run(
+        spec, overrides, out=out, runtime=runtime, address=address, fresh=fresh, inject=inject, display=display
+    )
     return result.exit_code
 
 
@@ -182,7 +193,7 @@ def check_resume(
     """
     text = directory.read_spec_text()
     steps = CheckpointStore(directory.checkpoints, 1).steps()
-    if earlier is None or text is None or not (steps or earlier.status in EXIT_CODES and earlier.step):
+    if earlier is None or text is None or not (steps or (earlier.status in EXIT_CODES and earlier.step)):
         return False
     before = load_spec_text(text, directory.path)
     changed = changes(before.job, loaded.job)

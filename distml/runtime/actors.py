@@ -80,7 +80,7 @@ class RayChannel:
         calls = []
         for index, server in enumerate(self.servers):
             own = whole[shard_slice(self.layout, self.ranges[index], head.phase)]
-            calls.append(server.push.remote(head if index == 0 else (head.rank, head.ticket, head.phase), own))
+            calls.append(server.push.remote(head if index == 0 else (head.rank, head.ticket), own))
         answers = self._get(calls, f"gradient {head.ticket} of rank {head.rank} to be applied")
         self.bytes_sent += (gradient.numel() + weights.numel()) * weights.element_size()
         return self._take(answers, weights)
@@ -129,7 +129,9 @@ class RayChannel:
 class WorkerActor:
     """One worker's process."""
 
-    def __init__(self, rank: int, job_json: str, directory: str, snapshot_every: int | None, injections: tuple[str, ...]) -> None:
+    def __init__(
+        self, rank: int, job_json: str, directory: str, snapshot_every: int | None, injections: tuple[str, ...]
+    ) -> None:
         open_log(directory, f"worker-{rank}")
         self.job = JobSpec.model_validate_json(job_json, by_alias=True, by_name=False)
         self.rank, self.snapshot_every, self.injections = rank, snapshot_every, injections
@@ -165,7 +167,8 @@ class WorkerActor:
         description = {
             "fingerprint": strategy.flat.fingerprint(), "layout": strategy.flat.layout.to_json(),
             "agenda": strategy.agenda_arguments, "phases": len(strategy.phases), "host": socket.gethostname(),
-            "address": ray.util.get_node_ip_address(), "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(),
+            "address": ray.util.get_node_ip_address(), "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
         }  # fmt: skip
         if self.rank == 0:
             description["frozen"] = {name: to_numpy(t).copy() for name, t in strategy.flat.frozen().items()}
@@ -266,7 +269,9 @@ class ServerActor:
         self.committing = False
         self.turn = asyncio.Condition()
 
-    async def build(self, layout: list[dict[str, Any]], agenda: dict[str, Any], phases: int, servers: list[Any]) -> None:
+    async def build(
+        self, layout: list[dict[str, Any]], agenda: dict[str, Any], phases: int, servers: list[Any]
+    ) -> None:
         """Lay out the shard."""
         from distml.strategies.agenda import Agenda
         from distml.strategies.parameter_server import Clock, Shard
@@ -283,7 +288,9 @@ class ServerActor:
         from distml.exchange.flat import from_numpy
 
         self._interrupt()
-        self.shard.load(from_numpy(weights), {n: from_numpy(v) for n, v in moments.items()}, clock["updates"] if clock else 0)
+        self.shard.load(
+            from_numpy(weights), {n: from_numpy(v) for n, v in moments.items()}, clock["updates"] if clock else 0
+        )
         if clock is not None:
             self.clock.load_state(clock)
         self.clock.number, self.applied = 0, 0
@@ -292,7 +299,8 @@ class ServerActor:
     def _interrupt(self) -> None:
         from distml.exchange.channel import PeerLost
 
-        for future in [*self.waiting.values(), *self.gathered.values()]:
+        futures: list[asyncio.Future[Any]] = [*self.waiting.values(), *self.gathered.values()]
+        for future in futures:
             if not future.done():
                 future.set_exception(PeerLost("the run goes back to an earlier state"))
         self.waiting, self.gathered, self.gathering = {}, {}, {}
@@ -307,9 +315,10 @@ class ServerActor:
         """Hold a slice, wait until its entry is applied; the reply and this shard's new weights."""
         from distml.exchange.flat import from_numpy
 
-        rank, ticket, phase = head if isinstance(head, tuple) else (head.rank, head.ticket, head.phase)
+        rank, ticket = head if isinstance(head, tuple) else (head.rank, head.ticket)
         # Ray's memory is read-only and shared; sums are taken in place.
         self.shard.hold(rank, ticket, from_numpy(gradient))
+        answer: asyncio.Future[tuple[Reply, Array]]
         answer = self.waiting[rank, ticket] = asyncio.get_running_loop().create_future()
         if self.index == 0:
             self.injector.reach(self.clock.version)

@@ -7,6 +7,8 @@ import secrets
 import sys
 from pathlib import Path
 
+STUCK_THREAD = "distml-ray-close"  # alive at the end of a command: Ray no longer answers, not even at exit
+
 
 def cluster_address(address: str | None) -> str | None:
     """The cluster to connect to: the argument, RAY_ADDRESS, that of the surrounding Ray job; None: a private Ray."""

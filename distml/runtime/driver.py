@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ from distml.runtime.merge import ReportMerger
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda
 
+RESULT_EVERY_S = 1.0
 EXIT_STATUS = {"goal": "goal_met", "requested": "interrupted"}
 
 
@@ -57,10 +59,12 @@ class Driver:
         self.metrics: dict[str, Any] = {}
         self.cut: Cut | None = None
         self.candidates: dict[int, Cut] = {}
+        self.due: set[int] = set()  # versions whose checkpoint waits for their evaluation
         self.own: dict[int, dict[int, dict[str, Any]]] = {}
         self.start_version, self.version, self.restarts = 0, 0, 0
         self.reason, self.end_version, self.judged = "requested", -1, False
-        self.start_written = False
+        self.start_written, self.is_training = False, False
+        self.result_written_at = 0.0
         self.best: dict[str, Any] | None = None
 
     # -------------------------------------------------------------------------------------------------------- the run
@@ -70,15 +74,17 @@ class Driver:
         Raises:
             UsageError: the spec, the task, the checkpoint or the resources do not fit.
         """
-        self.description = self.group.build(start_weights)
         checkpoint = self.store.newest_good(self.display.note) if resume else None
+        if checkpoint is not None and self.job.init is not None:
+            start_weights = checkpoint.tensors["model"]  # what is frozen comes with it
+        self.description = self.group.build(start_weights)
         if checkpoint is not None:
             self.cut = from_checkpoint(checkpoint, self.description.layout)
             self.start_version = self.version = self.cut.version
-            self.agenda.load_state(self.cut.shared["clock"]["agenda"])
-            result = self.directory.result.read()
-            self.best = result.best if result is not None else None
-            if self.best is not None and self.best["step"] > self.version:
+            self.agenda.evaluations = self._evaluations()
+            result, best = self.directory.result.read(), self.job.checkpoint.best
+            self.best = result.best if result is not None and best is not None else None
+            if best is None or (self.best and (self.best["step"] > self.version or self.best["metric"] != best.metric)):
                 self.best = None
         self._rewind()
 
@@ -87,10 +93,11 @@ class Driver:
         if "tensorboard" in self.job.log.to:
             resumed_at = self.start_version or None
             self.boards = TensorBoardWriter(self.directory.tensorboard, resumed_at=resumed_at)
-        with self._signals():
-            self.group.begin(self.cut)
-            for event in self.group.events():
-                self.handle(event)
+        self.group.begin(self.cut)
+        self.is_training = True
+        for event in self.group.events():
+            self.handle(event)
+        self.is_training = False
         for row in self.merger.flush():
             self._write(row)
         if self.end_version < 0:  # asked to stop, and the workers could not end in time: the newest cut is kept
@@ -134,8 +141,10 @@ class Driver:
         self.metrics |= {name: value for name, value in row.items() if "/" in name}
         if self.boards is not None:
             self.boards.scalars(row["step"], {n: v for n, v in row.items() if "/" in n}, time.time())
-        self.directory.result.update(durable=False, status="running", step=self.version,
-                                     wall_s=self.merger.seconds, metrics=self.metrics)  # fmt: skip
+        if time.monotonic() - self.result_written_at >= RESULT_EVERY_S:
+            self.result_written_at = time.monotonic()
+            self.directory.result.update(durable=False, status="running", step=self.version,
+                                         wall_s=self.merger.seconds, metrics=self.metrics)  # fmt: skip
 
     def _evaluated(self, event: Evaluated) -> None:
         if self.judged:  # what others evaluated after the version that ended the run
@@ -153,8 +162,9 @@ class Driver:
         if is_best and self.job.checkpoint.best is not None:
             value = event.metrics[self.job.checkpoint.best.metric]
             self.store.mark_best(event.version, self.job.checkpoint.best.metric, value)
-        if candidate is not None and (is_best or event.finished is not None):
-            self._commit(candidate, important=True)
+        if candidate is not None:
+            important = is_best or event.finished is not None
+            self._accept(candidate, important or event.version in self.due, important)
 
     def _is_best(self, event: Evaluated) -> bool:
         best = self.job.checkpoint.best
@@ -165,7 +175,7 @@ class Driver:
                            f"{sorted(event.metrics)}", phase="evaluate", step=event.version)  # fmt: skip
         value = event.metrics[best.metric]
         before = self.best["value"] if self.best is not None else None
-        better = value == value and (before is None or (value > before if best.mode == "max" else value < before))
+        better = math.isfinite(value) and (before is None or (value > before if best.mode == "max" else value < before))
         if better:
             self.best = {"metric": best.metric, "value": value, "step": event.version}
         return better
@@ -179,8 +189,6 @@ class Driver:
             shared = event.shared or self.group.shared_state(event.version, event.carried)
             if shared is None:
                 return
-            evaluations = [list(pair) for pair in self.agenda.evaluations if pair[0] <= event.version]
-            shared["clock"] = {**shared["clock"], "agenda": {"evaluations": evaluations}}
             self.candidates[event.version] = Cut(event.version, shared)
             self._flags = event
         synchronous = self.job.strategy.is_synchronous
@@ -190,11 +198,30 @@ class Driver:
         known = {rank: half for version in sorted(self.own) for rank, half in self.own[version].items()}
         candidate.own = dict(halves) if synchronous else known
         self.own = {version: rows for version, rows in self.own.items() if version > event.version - 50}
-        self.cut, self.version = candidate, max(self.version, candidate.version)
-        if self._flags.checkpoint:
-            self._commit(candidate, important=self._flags.last)
         if not self._flags.evaluated:
-            self.candidates.pop(event.version)
+            self._accept(self.candidates.pop(event.version), self._flags.checkpoint, important=self._flags.last)
+        elif self._flags.checkpoint:  # it waits for its evaluation: whoever goes on from it must know of that one
+            self.due.add(event.version)
+
+    def _accept(self, cut: Cut, checkpoint: bool, important: bool) -> None:
+        """From now on a recovery goes on from here; and a resume, if it is to be a checkpoint."""
+        if self.cut is None or cut.version >= self.cut.version:
+            self.cut = cut
+        self.version = max(self.version, cut.version)
+        self._remember(cut)
+        if checkpoint:
+            self._commit(cut, important)
+
+    def _remember(self, cut: Cut) -> None:
+        """Put all evaluations up to its version into a cut."""
+        evaluations = [list(pair) for pair in self.agenda.evaluations if pair[0] <= cut.version]
+        cut.shared["clock"] = {**cut.shared["clock"], "agenda": {"evaluations": evaluations}}
+
+    def _evaluations(self) -> list[tuple[int, float]]:
+        """What the metrics file says of the watched metric up to the version that the run goes on from."""
+        name = self.agenda.watched[0]
+        found = [(row["step"], row[name]) for row in self.directory.metrics.read() if name in row]
+        return [(step, math.nan if value is None else value) for step, value in found if step <= self.version]
 
     def _commit(self, cut: Cut, important: bool) -> None:
         extra = {"name": self.job.name, "wall_s": self.merger.seconds}
@@ -214,7 +241,9 @@ class Driver:
                            role=event.role, step=self.version)  # fmt: skip
         self.restarts += 1
         self.metrics["runtime/restarts"] = self.restarts
-        self.candidates, self.own = {}, {}
+        self.candidates, self.own, self.due = {}, {}, set()
+        if self.cut is not None:
+            self._remember(self.cut)
         from_version = self.cut.version if self.cut is not None else 0
         went_back = self.group.recover(self.cut)
         what = f"all go on from step {from_version}" if went_back else "the others went on; it rejoins"
@@ -230,6 +259,8 @@ class Driver:
         rows = self.directory.metrics.read()
         self.version = version
         self.agenda.evaluations = [pair for pair in self.agenda.evaluations if pair[0] <= version]
+        if self.cut is not None:
+            self._remember(self.cut)
         self.merger.restore(version, rows)
 
     # -------------------------------------------------------------------------------------------------------- the end
@@ -256,13 +287,20 @@ class Driver:
             self._write({"step": step, "wall_s": self.merger.seconds, **row})
 
     def fail(self, error: BaseException) -> None:
-        """Record how the run failed; committed checkpoints stay."""
-        message = {"rank": getattr(error, "role", "driver"), "phase": getattr(error, "phase", "start"),
-                   "step": getattr(error, "step", self.version), "message": getattr(error, "message", str(error))}  # fmt: skip
+        """Record how the run failed, or that it was interrupted before it began; committed checkpoints stay."""
+        message = {
+            "rank": getattr(error, "role", "driver"),
+            "phase": getattr(error, "phase", "start"),
+            "step": getattr(error, "step", self.version),
+            "message": getattr(error, "message", str(error)),
+        }
         with contextlib.suppress(DistmlError, OSError):
             self.store.wait(timeout_s=30.0)
         steps = self.store.steps()
         checkpoint = f"checkpoints/{folder_name(steps[-1])}" if steps else None
+        if isinstance(error, KeyboardInterrupt):
+            self.directory.result.update(status="interrupted", step=self.version, error=None, checkpoint=checkpoint)
+            return
         self.directory.result.update(status="failed", step=self.version, wall_s=self.merger.seconds, error=message,
                                      metrics=self.metrics, best=self.best, checkpoint=checkpoint)  # fmt: skip
 
@@ -275,8 +313,11 @@ class Driver:
             self.boards.close()
 
     @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks for a checkpoint and the end; the second ends at once."""
+    def signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks for a checkpoint and the end; the second ends at once.
+
+        Before training there is nothing to write: the first one raises KeyboardInterrupt.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -286,6 +327,8 @@ class Driver:
             if asked.is_set():
                 os._exit(130)
             asked.set()
+            if not self.is_training:
+                raise KeyboardInterrupt
             self.group.request_stop()
 
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -132,8 +132,7 @@ class Board:
             if _kind(slot[other]) != _kind(value):
                 raise RuntimeError(f"ranks call different collectives: rank {other} is at {_kind(slot[other])}, "
                                    f"rank {rank} at {_kind(value)}")  # fmt: skip
-        missing = lambda: [r for r in range(self.size) if r not in slot]  # noqa: E731
-        self.baton.wait(rank, lambda: not missing(), f"collective {number} of all {self.size} ranks")
+        self.baton.wait(rank, lambda: len(slot) == self.size, f"collective {number} of all {self.size} ranks")
         for old in [n for n in self.slots if n < min(self.calls) - 1]:
             self.slots.pop(old)
             self.sums.pop(old, None)

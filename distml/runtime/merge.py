@@ -27,7 +27,9 @@ class ReportMerger:
     def restore(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Go on after `step`, with the totals of the rows up to it."""
         self.waiting = {}
-        last = next((row for row in reversed(rows) if row["step"] <= step and "train/examples" in row), {})
+        last: dict[str, Any] = next(
+            (row for row in reversed(rows) if row["step"] <= step and "train/examples" in row), {}
+        )
         self.step, self.examples = int(last.get("step", 0)), int(last.get("train/examples", 0))
         self.seconds, self.bytes = float(last.get("wall_s", 0.0)), float(last.get("comm/bytes", 0.0))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ from distml.events import Event, Failed, Finished, Interrupted
 from distml.exchange.layout import Array, Layout
 from distml.inject import Injection
 from distml.runtime.actors import ServerActor, WorkerActor, end_process
-from distml.runtime.authentication import cluster_address
+from distml.runtime.authentication import STUCK_THREAD, cluster_address
 from distml.runtime.cut import Cut, join_captures
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
 from distml.runtime.oom import out_of_memory_kills
@@ -36,6 +37,10 @@ from distml.strategies.agenda import SNAPSHOT_EVERY
 from distml.tasks.sources import SourceTree
 
 POLL_S = 0.2
+STOP_PATIENCE_S = 2.0
+CLOSE_PATIENCE_S = 5.0
+TRY_ADDRESS = "; check --address or RAY_ADDRESS ('ray status' on a node shows the cluster's)"
+
 
 class RayRuntime:
     """A `WorkerGroup` of Ray actors.
@@ -66,14 +71,15 @@ class RayRuntime:
         self.finished: set[int] = set()
         self.generation = 0
         self.group: PlacementGroup | None = None
-        self.stop_asked, self.stop_told, self.owns_ray = False, False, False
+        self.stop_asked, self.owns_ray = False, False
+        self.stop_told_at: float | None = None
         self.start_weights: Mapping[str, Array] | None = None
         self.kills_before = out_of_memory_kills()
+        self.quiet = contextlib.ExitStack()
 
     # ------------------------------------------------------------------------------------------------------- starting
     def build(self, start_weights: Mapping[str, Array] | None) -> Description:
         """Connect to Ray, place the processes and build the task in each."""
-        self.quiet = contextlib.ExitStack()
         self.quiet.enter_context(diverted_output(Path(self.directory) / "logs" / "ray.log"))
         self.owns_ray = connect(self.address, self.job)
         check_resources(self.job, self.owns_ray)
@@ -87,7 +93,9 @@ class RayRuntime:
         facts = self.facts[0]
         self.layout = Layout.from_json(facts["layout"])
         self.built_weights = self.workers[0].start_weights.remote() if self.servers else None
-        return Description(self.layout, facts["frozen"], self._transport(), sorted({f["host"] for f in self.facts.values()}))
+        return Description(
+            self.layout, facts["frozen"], self._transport(), sorted({f["host"] for f in self.facts.values()})
+        )
 
     def _place(self) -> PlacementGroup:
         resources = self.job.resources
@@ -108,19 +116,23 @@ class RayRuntime:
         place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
         resources = self.job.resources
         snapshots = SNAPSHOT_EVERY if self.job.limits.max_restarts else None
-        options = WorkerActor.options(
+        worker: Any = WorkerActor
+        options = worker.options(
             num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, scheduling_strategy=place
         )
         return options.remote(rank, self.job_json, self.directory, snapshots, self.injections)
 
     def _server(self, index: int) -> Any:
-        return ServerActor.remote(index, self.job_json, self.directory, self.injections)
+        server: Any = ServerActor
+        return server.remote(index, self.job_json, self.directory, self.injections)
 
     def _build_workers(self, ranks: list[int]) -> None:
         files = self.sources.files
         weights = ray.put(dict(self.start_weights)) if self.start_weights is not None else None
         calls = {rank: self.workers[rank].build.remote(self.sources.directory, files, weights) for rank in ranks}
-        for rank, facts in zip(calls, self._get(list(calls.values()), f"workers {ranks} to build the task"), strict=True):
+        for rank, facts in zip(
+            calls, self._get(list(calls.values()), f"workers {ranks} to build the task"), strict=True
+        ):
             if "error" in facts:
                 raise UsageError(facts["error"])
             self.facts[rank] = facts
@@ -134,9 +146,13 @@ class RayRuntime:
         try:
             return list(ray.get(calls, timeout=limit))
         except ray.exceptions.GetTimeoutError:
-            raise UsageError(f"waited {limit:g} s for {awaited}; see {self.directory}/logs, or raise limits.start_s") from None
+            raise UsageError(
+                f"waited {limit:g} s for {awaited}; see {self.directory}/logs, or raise limits.start_s"
+            ) from None
         except ray.exceptions.RayActorError as error:
-            raise RunError(f"a process died while the driver waited for {awaited}: {self._cause(error)}", phase="start") from None
+            raise RunError(
+                f"a process died while the driver waited for {awaited}: {self._cause(error)}", phase="start"
+            ) from None
 
     def _transport(self) -> str:
         if self.servers:
@@ -154,7 +170,9 @@ class RayRuntime:
         self._connect(list(range(self.size)))
         shared = ray.put(self._worker_share(cut)) if cut is not None else None
         own = cut.own if cut is not None else {}
-        self._get([w.load.remote(shared, own.get(rank)) for rank, w in self.workers.items()], "workers to load the state")
+        self._get(
+            [w.load.remote(shared, own.get(rank)) for rank, w in self.workers.items()], "workers to load the state"
+        )
         self.finished = set()
         for rank in self.workers:
             self._start(rank)
@@ -169,10 +187,12 @@ class RayRuntime:
         self._get(calls, "servers to start")
         if cut is not None:
             weights, moments, clock = cut.shared["weights"], cut.shared["moments"], cut.shared["clock"]
-            state = (ray.put(weights), ray.put(moments), clock)
+            state: tuple[Any, ...] = (ray.put(weights), ray.put(moments), clock)
         else:
             state = (self.built_weights, {}, None)
-        self._get([server.load.remote(*state, list(range(self.size))) for server in handles], "servers to load the state")
+        self._get(
+            [server.load.remote(*state, list(range(self.size))) for server in handles], "servers to load the state"
+        )
         self.heard |= {f"server {index}": time.monotonic() for index in self.servers}
 
     def _connect(self, ranks: list[int]) -> None:
@@ -203,14 +223,24 @@ class RayRuntime:
                 if event is not None:
                     yield event
             self._heartbeat()
-            if self.stop_asked and not self.stop_told:
-                self.stop_told = True
-                for worker in self.workers.values():
-                    worker.request_stop.remote()
+            if self.stop_asked and self._stopping():
+                return
             while self.lost:
                 role, cause = next(iter(self.lost.items()))
                 yield Lost(role, cause)
                 self.lost.pop(role, None)
+
+    def _stopping(self) -> bool:
+        """Pass a request to stop on; True when waiting for the workers is over: some are gone, or it takes too long.
+
+        Ray and most schedulers end a job a few seconds after their first signal: the newest cut is then worth more
+        than a newer one that does not get written.
+        """
+        if self.stop_told_at is None:
+            self.stop_told_at = time.monotonic()
+            for worker in self.workers.values():
+                worker.request_stop.remote()
+        return bool(self.lost) or time.monotonic() - self.stop_told_at > STOP_PATIENCE_S
 
     def _next(self, rank: int) -> Event | None:
         """The next event of a worker's stream; the end of the stream or the worker gives None."""
@@ -232,7 +262,9 @@ class RayRuntime:
     def _heartbeat(self) -> None:
         """Ping each process; who has given no answer for too long is ended."""
         limits, now = self.job.limits, time.monotonic()
-        processes = {f"rank {r}": w for r, w in self.workers.items()} | {f"server {i}": s for i, s in self.servers.items()}
+        processes = {f"rank {r}": w for r, w in self.workers.items()} | {
+            f"server {i}": s for i, s in self.servers.items()
+        }
         for role, actor in processes.items():
             if role in self.lost:
                 continue
@@ -250,7 +282,9 @@ class RayRuntime:
                     self._mark_lost(role, self._cause(error))
             elif now - max(ping[1], self.heard.get(role, 0.0)) > limits.lost_after_s:
                 self._end(role)
-                self._mark_lost(role, f"it gave no answer for {limits.lost_after_s:g} s (stopped or cut off) and was ended")
+                self._mark_lost(
+                    role, f"it gave no answer for {limits.lost_after_s:g} s (stopped or cut off) and was ended"
+                )
 
     def _mark_lost(self, role: str, cause: str) -> None:
         kind, index = role.split()
@@ -327,7 +361,7 @@ class RayRuntime:
         self._start(rank)
 
     def _stop_streams(self) -> None:
-        """Survivors end their loops: a broken group or interrupted servers end their waits. Who does not is replaced."""
+        """Survivors end their loops: a broken group or interrupted servers end their waits. Others are ended."""
         for server in self.servers.values():
             server.interrupt.remote()
         deadline = time.monotonic() + self.job.limits.lost_after_s
@@ -373,16 +407,24 @@ class RayRuntime:
         return sums
 
     def close(self) -> None:
-        """End actors, placement group, and a Ray of our own."""
+        """End actors, placement group, and a Ray of our own; does not wait for a Ray that no longer answers."""
         if not ray.is_initialized():
+            self.quiet.close()
             return
+        closing = threading.Thread(target=self._close, name=STUCK_THREAD, daemon=True)
+        closing.start()
+        closing.join(CLOSE_PATIENCE_S)
+        if closing.is_alive():
+            print(f"Ray did not end within {CLOSE_PATIENCE_S:g} s; leaving it behind", file=sys.stderr, flush=True)
+        self.quiet.close()
+
+    def _close(self) -> None:
         for actor in [*self.workers.values(), *self.servers.values()]:
             ray.kill(actor, no_restart=True)
         if self.group is not None:
             remove_placement_group(self.group)
         if self.owns_ray:
             ray.shutdown()
-        self.quiet.close()
 
 
 def without_spent(injections: tuple[str, ...], roles: list[str]) -> tuple[str, ...]:
@@ -405,21 +447,56 @@ def connect(address: str | None, job: JobSpec) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     target = cluster_address(address)
     if target is not None:
-        try:
-            ray.init(address=target, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            text = " ".join(str(error).split())
-            raise UsageError(f"no Ray cluster at {target!r}: {text[:300]}; check --address or RAY_ADDRESS") from error
+        check_reachable(target)
+        failed: list[Exception] = []
+        started = threading.Thread(target=_init, args=(target, quiet, failed), name=STUCK_THREAD, daemon=True)
+        started.start()
+        started.join(job.limits.start_s)
+        if started.is_alive():
+            raise UsageError(f"the Ray cluster at {target!r} gave no answer for {job.limits.start_s:g} s{TRY_ADDRESS}")
+        if failed:
+            text = " ".join(str(failed[0]).split())
+            raise UsageError(f"no Ray cluster at {target!r}: {text[:300]}{TRY_ADDRESS}") from failed[0]
         return False
     needed = job.resources.workers * job.resources.cpus_per_worker
     cores = len(os.sched_getaffinity(0))
     if needed > cores:
-        print(f"warning: the job asks for {needed} CPUs, this machine has {cores}; workers will share them", file=sys.stderr)
+        print(
+            f"warning: the job asks for {needed} CPUs, this machine has {cores}; workers will share them",
+            file=sys.stderr,
+        )
     ray.init(num_cpus=needed, include_dashboard=False, object_store_memory=object_store_bytes(), **quiet)
     return True
+
+
+def _init(target: str, options: dict[str, Any], failed: list[Exception]) -> None:
+    """`ray.init`, on a thread: it has no limit of its own and can wait for a dead cluster for good."""
+    try:
+        ray.init(address=target, **options)
+    except Exception as error:
+        failed.append(error)
+
+
+def check_reachable(target: str) -> None:
+    """Refuse an address where nobody listens.
+
+    Raises:
+        UsageError: with what was tried.
+    """
+    if target.startswith("ray://"):
+        raise UsageError(
+            f"{target!r} is Ray Client's; run on a node of the cluster with its host:port, or --address auto"
+        )
+    host, _, port = target.rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CLOSE_PATIENCE_S).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"no Ray cluster at {target!r}: {error}{TRY_ADDRESS}") from error
 
 
 def object_store_bytes() -> int:

@@ -50,6 +50,11 @@ class Agenda:
             return "seconds"
         return None
 
+    def over(self, version: int, examples: int) -> str | None:
+        """Why a run that goes on from `version` has nothing left to do, or None."""
+        judged = self._verdict() if self.evaluations and self.evaluations[-1][0] == version else None
+        return judged if judged == "goal" else self.spent(version, examples) or judged
+
     def fraction(self, version: int, examples: int, seconds: float = 0.0) -> float:
         """Share of the budget used, 0 to 1."""
         shares = [
@@ -76,13 +81,19 @@ class Agenda:
         Raises:
             ValueError: the goal's metric is not among those that the task reports.
         """
-        stop, (metric, mode) = self.job.stop, self.watched
+        stop, metric = self.job.stop, self.watched[0]
         if metric not in metrics:
             if stop.goal is None and stop.patience is None:
                 return None
-            raise ValueError(f"the evaluation does not report {metric!r}, which stop watches; it reports {sorted(metrics)}")
-        value = metrics[metric]
-        self.evaluations.append((version, value))
+            raise ValueError(
+                f"the evaluation does not report {metric!r}, which stop watches; it reports {sorted(metrics)}"
+            )
+        self.evaluations.append((version, metrics[metric]))
+        return self._verdict()
+
+    def _verdict(self) -> str | None:
+        """Of the newest evaluation, in the light of those before it."""
+        stop, mode, value = self.job.stop, self.watched[1], self.evaluations[-1][1]
         goal = stop.goal
         if goal is not None and goal.at_least is not None and value >= goal.at_least:
             return "goal"

@@ -112,7 +112,7 @@ class Strategy(ABC):
         self.carried = Carried(self.model)
         self.module = TaskModule(task, self.model)
         updates = 1 if self.job.strategy.is_synchronous else self.world_size
-        self.agenda_arguments = {"updates_per_round": updates, "dataset_size": dataset_size,
+        self.agenda_arguments: dict[str, Any] = {"updates_per_round": updates, "dataset_size": dataset_size,
                                  "snapshot_every": self.snapshot_every}  # fmt: skip
         self.agenda = Agenda(self.job, **self.agenda_arguments)
         if "group_mean" in task.needs:
@@ -120,7 +120,7 @@ class Strategy(ABC):
         self._build()
         return self.model
 
-    def _build(self) -> None:
+    def _build(self) -> None:  # noqa: B027
         """What a strategy adds to `prepare`."""
 
     @abstractmethod
@@ -137,7 +137,9 @@ class Strategy(ABC):
         self.flat.select_phase(phase)
         method = self.task.phases[phase][0]
         autocast = (
-            torch.autocast(self.device.type, torch.bfloat16) if self.job.precision == "bf16" else contextlib.nullcontext()
+            torch.autocast(self.device.type, torch.bfloat16)
+            if self.job.precision == "bf16"
+            else contextlib.nullcontext()
         )
         with autocast:
             loss: Loss = self.module(method, batch, self.progress)
@@ -256,10 +258,10 @@ class Strategy(ABC):
         verdict = self.agenda.judge(self.progress.version, metrics)
         self.finished = verdict if verdict == "goal" else self.finished or verdict
 
-    def rejoin(self) -> None:
+    def rejoin(self) -> None:  # noqa: B027
         """Take part again after an evaluation, where others went on meanwhile."""
 
-    def leave(self) -> None:
+    def leave(self) -> None:  # noqa: B027
         """The run is over for this worker: nobody waits for it."""
 
     # ----------------------------------------------------------------------------------------------------------- state
@@ -280,7 +282,7 @@ class Strategy(ABC):
         self.agenda.load_state(clock["agenda"])
         self.flat.gradients.zero_()
         self._count, self.finished, self.duties = 0.0, None, ()
-        self._advance(clock["version"], clock["examples"], self.agenda.spent(clock["version"], clock["examples"]), ())
+        self._advance(clock["version"], clock["examples"], self.agenda.over(clock["version"], clock["examples"]), ())
 
     def clock_state(self) -> dict[str, Any]:
         """JSON values: version, examples, updates and the evaluations so far."""
@@ -310,7 +312,9 @@ def take_start_weights(model: nn.Module, tensors: Mapping[str, Array], patterns:
         raise UsageError(f"init: no tensor of the source matches both {patterns} and the model ({sorted(own)[:4]} ...)")
     for name in chosen:
         if tuple(own[name].shape) != tensors[name].shape:
-            raise UsageError(f"init: {name} has shape {tensors[name].shape} in the source, {tuple(own[name].shape)} here")
+            raise UsageError(
+                f"init: {name} has shape {tensors[name].shape} in the source, {tuple(own[name].shape)} here"
+            )
         own[name].copy_(from_numpy(tensors[name]))
 
 

@@ -57,10 +57,14 @@ class FlatOptimizer:
         self.spec, self.layout, self.budget = spec, layout, budget
         self.start, self.stop = shard
         self.updates = 0
-        names = {SGDSpec: ("momentum",), RMSpropSpec: ("square_avg", "momentum")}.get(type(spec), ("exp_avg", "exp_avg_sq"))
+        names = {SGDSpec: ("momentum",), RMSpropSpec: ("square_avg", "momentum")}.get(
+            type(spec), ("exp_avg", "exp_avg_sq")
+        )
         if not getattr(spec, "momentum", 1.0):
             names = tuple(name for name in names if name != "momentum")
-        self.moments = {name: torch.zeros(self.stop - self.start, dtype=like.dtype, device=like.device) for name in names}
+        self.moments = {
+            name: torch.zeros(self.stop - self.start, dtype=like.dtype, device=like.device) for name in names
+        }
 
     def hyperparameters(self, group: int, version: int) -> dict[str, float]:
         """The live learning rate and weight decay of a group at `version`."""
@@ -95,13 +99,15 @@ class FlatOptimizer:
 
     def _apply(self, weights: Tensor, gradient: Tensor, moments: dict[str, Tensor], values: dict[str, float]) -> None:
         spec = self.spec
+        rule: Any
         if isinstance(spec, SGDSpec):
             buffers = [moments["momentum"]] if spec.momentum else [None]
-            sgd([weights], [gradient], buffers, fused=True, foreach=False, momentum=spec.momentum, dampening=0.0,
+            rule = sgd
+            rule([weights], [gradient], buffers, fused=True, foreach=False, momentum=spec.momentum, dampening=0.0,
                 nesterov=spec.nesterov, maximize=False, **values)  # fmt: skip
         elif isinstance(spec, (AdamSpec, AdamWSpec)):
             step = torch.tensor(float(self.updates), dtype=torch.float32, device=weights.device)
-            rule: Any = adam if isinstance(spec, AdamSpec) else adamw
+            rule = adam if isinstance(spec, AdamSpec) else adamw
             rule([weights], [gradient], [moments["exp_avg"]], [moments["exp_avg_sq"]], [], [step], foreach=False,
                  fused=True, amsgrad=False, beta1=spec.betas[0], beta2=spec.betas[1], eps=spec.eps, maximize=False,
                  **values)  # fmt: skip
@@ -110,8 +116,10 @@ class FlatOptimizer:
             pieces = {name: list(vector.split(MAX_BLOCK)) for name, vector in moments.items()}
             parts = list(weights.split(MAX_BLOCK))
             steps = [torch.tensor(float(self.updates)) for _ in parts]
-            rmsprop(parts, list(gradient.split(MAX_BLOCK)), pieces["square_avg"], [], pieces.get("momentum", []), steps,
-                    foreach=False, alpha=spec.alpha, eps=spec.eps, momentum=spec.momentum, centered=False, **values)  # fmt: skip
+            rule = rmsprop
+            rule(parts, list(gradient.split(MAX_BLOCK)), pieces["square_avg"], [], pieces.get("momentum", []), steps,
+                 foreach=False, alpha=spec.alpha, eps=spec.eps, momentum=spec.momentum, centered=False,
+                 **values)  # fmt: skip
 
 
 def block_square_norms(layout: Layout, gradients: Tensor, shard: tuple[int, int], phase: int) -> list[float]:

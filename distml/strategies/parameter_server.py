@@ -1,4 +1,4 @@
-"""`strategy: parameter_server`: servers hold weights and optimiser, cut in shards; workers push gradients, pull weights.
+"""`strategy: parameter_server`: servers hold weights and optimiser in shards; workers push gradients, pull weights.
 
 Dataflow of one exchange. A worker pushes each server its slice of the gradient. Each server holds the slice and tells
 the *clock* (on server 0) that it arrived. When all slices of a gradient have arrived, the clock orders it into an
@@ -176,7 +176,9 @@ class Clock:
         if entry.last_phase:
             self.version += 1
             self.examples += round(entry.count)
-            self.finished = self.agenda.spent(self.version, self.examples) or Strategy.verdict(sum(h.vote for h in heads))
+            self.finished = self.agenda.spent(self.version, self.examples) or Strategy.verdict(
+                sum(h.vote for h in heads)
+            )
             duties = self._duties()
         clips = self.is_sync and self.job.optimizer.clip_norm is not None
         reports = entry.last_phase and crossed(entry.version, entry.version + 1, self.job.log.every)
@@ -211,7 +213,7 @@ class Clock:
         """Floating buffers averaged by the examples since the last average; integer ones of the lowest rank."""
         rows = [(vector, weight) for vector, _, weight in self.carried.values() if vector is not None]
         total = sum(weight for _, weight in rows)
-        average = sum(vector * (weight / total) for vector, weight in rows) if total else None
+        average: Array | None = sum(vector * (weight / total) for vector, weight in rows) if total else None  # type: ignore[assignment]
         integers = self.carried[min(self.carried)][1] if self.carried else {}
         self.carried = {rank: (vector, ints, 0.0) for rank, (vector, ints, _) in self.carried.items()}
         return average, integers
@@ -223,8 +225,8 @@ class Clock:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
         self.version, self.examples = state["version"], state["examples"]
-        self.finished = self.agenda.spent(self.version, self.examples)
         self.agenda.load_state(state["agenda"])
+        self.finished = self.agenda.over(self.version, self.examples)
         self.number, self.carried = 0, {}
 
 

@@ -12,7 +12,7 @@ from distml.tasks.base import Loss, Mean, Part, Progress, Task
 
 
 class Regression(Task):
-    """½ (w·x + b − y)² with y = w*·x + b* + noise; splits of 60, 20 and 20 %."""
+    """½ (w·x + b - y)² with y = w*·x + b* + noise; splits of 60, 20 and 20 %."""
 
     def __init__(self, features: int, rows: int, noise: float, split_seed: int = 0) -> None:
         self.features, self.rows, self.noise, self.split_seed = features, rows, noise, split_seed
@@ -41,4 +41,5 @@ class Regression(Task):
         """The least-squares weights and bias on the training split ([D + 1], bias last), by the normal equations."""
         inputs, targets = self.data("train")
         augmented = torch.cat([inputs, torch.ones(len(inputs), 1)], 1).double()
-        return torch.linalg.solve(augmented.T @ augmented, augmented.T @ targets.double())
+        solution: Tensor = torch.linalg.solve(augmented.T @ augmented, augmented.T @ targets.double())
+        return solution
