@@ -111,10 +111,9 @@ class Agenda:
     # ---------------------------------------------------------------------------------------------------------- duties
     def duties(self, version: int, finished: str | None) -> tuple[str, ...]:
         """What is due at `version`: "evaluate", "checkpoint", "snapshot" (the state is handed over)."""
-        asked_to_stop = finished == "requested"
         last = finished is not None
         found = []
-        if (last or version % self.job.evaluate.every == 0) and not asked_to_stop:
+        if (last and finished != "requested") or version % self.job.evaluate.every == 0:
             found.append("evaluate")
         if last or version % self.job.checkpoint.every == 0:
             found.append("checkpoint")

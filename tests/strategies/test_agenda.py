@@ -55,7 +55,7 @@ def test_duties():
         9: ("snapshot",), 12: ("evaluate", "checkpoint", "snapshot")}  # fmt: skip
     assert due.duties(5, "steps") == ("evaluate", "checkpoint", "snapshot")
     assert due.duties(5, "requested") == ("checkpoint", "snapshot")
-    assert due.duties(12, "requested") == ("checkpoint", "snapshot")
+    assert due.duties(12, "requested") == due.duties(12, None)  # or a resumed run would lack it
 
 
 @pytest.mark.parametrize(("goal", "value", "verdict"), [
