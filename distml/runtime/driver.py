@@ -269,6 +269,8 @@ class Driver:
         self.store.wait()
         if self.judged:  # asynchronous workers were ahead of the evaluation that ended the run
             self.directory.metrics.cut_back(self.end_version)
+            for row in self.directory.metrics.read():
+                self.metrics |= {name: value for name, value in row.items() if "/" in name}
         if status != "interrupted":
             self._test()
         self.version = self.end_version

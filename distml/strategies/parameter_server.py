@@ -48,6 +48,7 @@ class Entry:
         version: of the weights before.
         capture: keep the shard's state after this entry under the new version.
         clock: the clock's state after it, if it is captured.
+        evaluated: a worker evaluates the new version: its capture stays until the next such version.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Entry:
     needs_norm: bool = False
     capture: bool = False
     clock: dict[str, Any] | None = None
+    evaluated: bool = False
     dropped: bool = False
     replies: dict[int, Reply] = field(default_factory=dict)
 
@@ -183,7 +185,7 @@ class Clock:
         clips = self.is_sync and self.job.optimizer.clip_norm is not None
         reports = entry.last_phase and crossed(entry.version, entry.version + 1, self.job.log.every)
         entry.needs_norm, entry.capture = clips or reports, self.agenda.captures(duties)
-        entry.clock = self.state() if entry.capture else None
+        entry.clock, entry.evaluated = self.state() if entry.capture else None, "evaluate" in duties
         for position, head in enumerate(heads):
             own = duties if self.is_sync or position == 0 else ()
             reply = Reply(self.version, self.examples, staleness=entry.version - head.read_version,
@@ -241,6 +243,7 @@ class Shard:
         self.gradients: dict[tuple[int, int], Tensor] = {}
         self.reduced: Tensor | None = None
         self.captures: dict[int, dict[str, Any]] = {}
+        self.evaluated = -1  # the version that is being evaluated: others go on meanwhile, maybe far
 
     def load(self, weights: Tensor, moments: Mapping[str, Tensor], updates: int) -> None:
         """Take this shard's slices of whole vectors [N]; missing moments start at zero."""
@@ -289,10 +292,11 @@ class Shard:
         if entry.last_phase:
             self.optimizer.step_done()
         if entry.capture:
+            self.evaluated = entry.version + 1 if entry.evaluated else self.evaluated
             self.capture(entry.version + 1, entry.clock)
 
     def capture(self, version: int, clock: Mapping[str, Any] | None) -> None:
-        """Keep a copy of the state under its version; the last few stay."""
+        """Keep a copy of the state under its version; the last few stay, and the one that is being evaluated."""
         self.captures[version] = {
             "clock": clock,
             "weights": to_numpy(self.weights).copy(),
@@ -300,7 +304,8 @@ class Shard:
             "updates": self.optimizer.updates,
         }
         for old in sorted(self.captures)[:-KEPT_CAPTURES]:
-            del self.captures[old]
+            if old != self.evaluated:
+                del self.captures[old]
 
 
 KEPT_CAPTURES = 8

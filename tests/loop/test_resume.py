@@ -238,8 +238,8 @@ def test_init_with_a_tensor_of_another_shape_is_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ best, patience, keep
-def scripted(values: list[float], **changes) -> dict:
-    return case("single", {"name": "script:Script", "args": {"values": values}}, **{
+def scripted(values: list[float], task=None, **changes) -> dict:
+    return case("single", task or {"name": "script:Script", "args": {"values": values}}, **{
         "evaluate": {"every": 3}, "steps": 3 * len(values), **changes})  # fmt: skip
 
 
@@ -383,3 +383,41 @@ def test_a_killed_run_is_said_to_be_dead_and_resumes_exactly(tmp_path):
     assert any(note in notes for note in ("resuming from step 18", "resuming from step 12"))
     assert last.step == 40
     assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_dies_in_an_evaluation_does_it_again(tmp_path, name):
+    values = [0.1, 0.6, 0.5, 0.4, 0.6, 0.9]
+    workers, strategy = CASES[name]
+    task = {"name": "script:Fragile", "args": {"values": values, "at": 9, "file": str(tmp_path / "full")}}
+    spec = scripted(values, task=task, stop={"steps": 18, "patience": 2}, checkpoint={
+        "every": 3, "best": {"metric": "eval/score", "mode": "max"}}) | {
+        "strategy": strategy, "resources": {"workers": workers}}  # fmt: skip
+    whole, _ = run(tmp_path / "whole", spec)
+    assert whole.step == 12
+    (tmp_path / "full").touch()
+    with pytest.raises(RunError, match="evaluate, step 9: OSError: the disk is full"):
+        run(tmp_path / "parts", spec)
+    (tmp_path / "full").unlink()
+    _, notes = run(tmp_path / "parts", spec)
+    assert "resuming from step 6" in notes
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_slow_worker_that_reaches_the_goal_ends_the_run_with_its_weights(tmp_path, seed):
+    """The others are many versions and checkpoints ahead by then."""
+    goal = {"metric": "eval/score", "at_least": 1.0}
+    strategy = {"name": "parameter_server", "mode": "async", "servers": 2}
+    spec = scripted([0.0], task={"name": "script:Ranked", "args": {"values": [0.0]}}, checkpoint={"every": 1},
+                    stop={"steps": 3000, "goal": goal}, evaluate={"every": 1}, seed=seed) | {
+        "strategy": strategy, "resources": {"workers": 2}, "inline": {"speeds": [1.0, 0.02]}}  # fmt: skip
+    result, _ = run(tmp_path / "run", spec)
+    assert result.status == "goal_met"
+    assert result.metrics["eval/version"] == result.step
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["checkpoint"] == f"checkpoints/step-{result.step:08d}"
+    assert max(row["step"] for row in rows(tmp_path / "run")) == result.step
+    weight = saved(tmp_path / "run", result.step)["model"]["weight"]
+    assert result.metrics["eval/weight"] == result.metrics["test/weight"] == float(weight[0])
+    assert float(result.model().weight.detach()[0]) == float(weight[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
@@ -33,4 +35,28 @@ class Script(distml.Task):
         place = min(max(progress.version // self.every, 1), len(self.values)) - 1
         score = self.values[place]
         return {"score": distml.Mean(score, 1.0), "loss": distml.Mean(-score, 1.0),
+                "weight": distml.Mean(float(model.weight[0]), 1.0)}  # fmt: skip
+
+
+class Fragile(Script):
+    """Its evaluation of one version fails as long as a file is there."""
+
+    def __init__(self, values: list[float], at: int, file: str) -> None:
+        super().__init__(values)
+        self.at, self.file = at, file
+
+    def evaluate(self, model: One, part: distml.Part, progress: distml.Progress) -> dict[str, distml.Mean]:
+        if progress.version == self.at and os.path.exists(self.file):
+            raise OSError("the disk is full")
+        return super().evaluate(model, part, progress)
+
+
+class Ranked(Script):
+    """Only what rank 1 evaluates reaches the goal."""
+
+    def stream(self, part: distml.Part) -> None:
+        self.rank = part.index
+
+    def evaluate(self, model: One, part: distml.Part, progress: distml.Progress) -> dict[str, distml.Mean]:
+        return {"score": distml.Mean(float(self.rank), 1.0), "version": distml.Mean(progress.version, 1.0),
                 "weight": distml.Mean(float(model.weight[0]), 1.0)}  # fmt: skip
