@@ -34,6 +34,7 @@ from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda
 
 RESULT_EVERY_S = 1.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_STATUS = {"goal": "goal_met", "requested": "interrupted"}
 
 
@@ -63,7 +64,7 @@ class Driver:
         self.own: dict[int, dict[int, dict[str, Any]]] = {}
         self.start_version, self.version, self.restarts = 0, 0, 0
         self.reason, self.end_version, self.judged = "requested", -1, False
-        self.start_written, self.is_training = False, False
+        self.start_written, self.is_training, self.asked_to_stop = False, False, False
         self.result_written_at = 0.0
         self.best: dict[str, Any] | None = None
 
@@ -78,6 +79,7 @@ class Driver:
         if checkpoint is not None and self.job.init is not None:
             start_weights = checkpoint.tensors["model"]  # what is frozen comes with it
         self.description = self.group.build(start_weights)
+        self._take_signals()
         if checkpoint is not None:
             self.cut = from_checkpoint(checkpoint, self.description.layout)
             self.start_version = self.version = self.cut.version
@@ -183,6 +185,8 @@ class Driver:
     # ----------------------------------------------------------------------------------------------- cuts, checkpoints
     def _keep(self, event: Snapshot) -> None:
         """A rank's half of a snapshot; the cut is complete when all of a version are there (async: the speaker's)."""
+        if self.judged:  # of a version after the one that ended the run
+            return
         halves = self.own.setdefault(event.version, {})
         halves[event.rank] = event.own
         if event.carried is not None:
@@ -320,25 +324,28 @@ class Driver:
 
         Before training there is nothing to write: the first one raises KeyboardInterrupt.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        asked = threading.Event()
-
-        def on_signal(number: int, frame: object) -> None:
-            if asked.is_set():
-                os._exit(130)
-            asked.set()
-            if not self.is_training:
-                raise KeyboardInterrupt
-            self.group.request_stop()
-
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self._take_signals()
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def _take_signals(self) -> None:
+        """Set our handlers; again after Ray has started, which sets its own."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.asked_to_stop:
+            os._exit(130)
+        self.asked_to_stop = True
+        if not self.is_training:
+            raise KeyboardInterrupt
+        self.group.request_stop()
 
 
 def trace_start() -> None:

@@ -30,6 +30,7 @@ from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda
 from distml.strategies.parameter_server import Clock, Entry, Shard
+from distml.tasks.base import Mean
 from distml.tasks.build import build_task, describe
 from distml.tasks.data import mix
 from distml.tasks.sources import SourceTree
@@ -246,6 +247,13 @@ class InlineChannel:
         return self.board.meet(self.rank, payload)[1]
 
 
+def add_means(sums: dict[str, tuple[float, float]], means: Mapping[str, Mean]) -> None:
+    """Add named means to named (total, count) pairs."""
+    for name, mean in means.items():
+        total, count = sums.get(name, (0.0, 0.0))
+        sums[name] = total + float(mean.total), count + float(mean.count)
+
+
 class InlineRuntime:
     """A `WorkerGroup` of threads."""
 
@@ -370,11 +378,12 @@ class InlineRuntime:
             trainer.strategy.stop_requested = True
 
     def evaluate(self, split: str, tensors: Mapping[str, Array]) -> dict[str, tuple[float, float]]:
-        """In one part, by the first worker."""
-        trainer = self.trainers[0]
-        trainer.load_for_test(tensors)
-        means = trainer.evaluate_part(split, 0, 1)
-        return {name: (float(mean.total), float(mean.count)) for name, mean in means.items()}
+        """In one part per worker, added up in rank order, as on Ray."""
+        sums: dict[str, tuple[float, float]] = {}
+        for rank, trainer in enumerate(self.trainers):
+            trainer.load_for_test(tensors)
+            add_means(sums, trainer.evaluate_part(split, rank, self.size))
+        return sums
 
     def close(self) -> None:
         """Let waiting threads end."""

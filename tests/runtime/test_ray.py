@@ -1,0 +1,181 @@
+"""The Ray runtime against the inline one, and what happens when its processes die.
+
+Every death is caused by the injector that users have. A recovered synchronous run must end with the very weights of an
+undisturbed one: that is the oracle, and the count of restarts shows that the death took place.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import distml
+from distml.errors import RunError, UsageError
+from distml.runs.checkpoints import CheckpointStore
+from distml.runs.display import SilentDisplay
+
+pytestmark = pytest.mark.usefixtures("shared_ray")
+
+SERVED = {"name": "parameter_server", "servers": 2}
+SPEC = {
+    "distml": "v1",
+    "name": "ray",
+    "task": {"name": "classification", "model": {"name": "mlp", "hidden": [16], "dropout": 0.1}},
+    "strategy": "all_reduce",
+    "optimizer": {"name": "adamw", "lr": 0.003},
+    "stop": {"steps": 60},
+    "evaluate": {"every": 30},
+    "checkpoint": {"every": 30},
+    "log": {"every": 10, "to": []},
+    "resources": {"workers": 2},
+    "limits": {"heartbeat_s": 0.5, "lost_after_s": 3.0, "start_s": 60.0},
+}
+TIMES = ("wall_s", "throughput/", "timing/", "memory/", "comm/")
+
+
+class Notes(SilentDisplay):
+    """Keeps what the driver notes."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def run(out: Path, runtime: str = "ray", inject=(), display=None, **keys) -> distml.Result:
+    return distml.run({**SPEC, **keys}, out=out, runtime=runtime, inject=inject, display=display)
+
+
+def weights(out: Path, step: int = 60) -> dict[str, np.ndarray]:
+    tensors = CheckpointStore(out / "checkpoints", 1).load(step).tensors
+    return {**tensors["model"], **tensors["optimizer"]}
+
+
+def rows(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, Path]:
+    """One inline run per synchronous strategy: what everything else must come to."""
+    found = {}
+    for name, strategy in (("all_reduce", "all_reduce"), ("served", SERVED)):
+        found[name] = tmp_path_factory.mktemp(name) / "run"
+        run(found[name], "inline", strategy=strategy)
+    return found
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "served"])
+def test_ray_and_inline_give_the_same_numbers(name, undisturbed, tmp_path):
+    strategy = SERVED if name == "served" else name
+    result = run(tmp_path / "run", strategy=strategy)
+    assert (result.status, result.step) == ("done", 60)
+    assert_same(weights(tmp_path / "run"), weights(undisturbed[name]))
+    assert rows(tmp_path / "run") == rows(undisturbed[name])
+
+
+def test_served_and_reduced_agree(undisturbed):
+    one, other = (weights(undisturbed[name]) for name in ("all_reduce", "served"))
+    assert max(np.abs(one[name] - other[name]).max() for name in one) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "injection"),
+    [
+        ("all_reduce", "kill:rank=1,step=34"),
+        ("all_reduce", "stop:rank=0,step=34"),
+        ("served", "kill:rank=0,step=34"),
+        ("served", "kill:server=1,step=34"),
+    ],
+)
+def test_a_synchronous_run_that_loses_a_process_ends_as_if_it_had_not(name, injection, undisturbed, tmp_path):
+    notes = Notes()
+    result = run(tmp_path / "run", strategy=SERVED if name == "served" else name, inject=[injection], display=notes)
+    assert result.metrics["runtime/restarts"] == 1
+    role = injection.split(":")[1].split(",")[0].replace("=", " ")
+    assert [line for line in notes.lines if line.startswith(f"{role} was lost") and "from step 30" in line]
+    assert_same(weights(tmp_path / "run"), weights(undisturbed[name]))
+    assert rows(tmp_path / "run") == rows(undisturbed[name])
+
+
+def test_an_asynchronous_worker_that_dies_rejoins(tmp_path):
+    notes = Notes()
+    strategy = {"name": "parameter_server", "mode": "async"}
+    result = run(tmp_path / "run", strategy=strategy, inject=["kill:rank=1,step=20"], display=notes,
+                 stop={"steps": 2000}, evaluate={"every": 500}, checkpoint={"every": 500})  # fmt: skip
+    assert (result.status, result.step, result.metrics["runtime/restarts"]) == ("done", 2000, 1)
+    assert "the others went on; it rejoins" in notes.lines[0]
+    assert "staleness/max" in result.metrics
+
+
+def test_ssp_survives_its_clock(tmp_path):
+    strategy = {"name": "parameter_server", "mode": "ssp", "max_staleness": 2, "servers": 2}
+    result = run(tmp_path / "run", strategy=strategy, inject=["stop:server=0,step=34"])
+    assert (result.status, result.step, result.metrics["runtime/restarts"]) == ("done", 60, 1)
+    assert all(row.get("staleness/max", 0) <= 2 for row in rows(tmp_path / "run"))
+
+
+def test_too_many_deaths_end_the_run_with_one_line_and_keep_its_checkpoints(tmp_path):
+    inject = ["kill:rank=1,step=34", "kill:rank=1,step=40"]
+    limits = {**SPEC["limits"], "max_restarts": 1}
+    with pytest.raises(RunError, match=r"rank 1, step \d+: .*killed by a signal.*max_restarts: 1") as caught:
+        run(tmp_path / "run", inject=inject, limits=limits)
+    assert caught.value.exit_code == 3
+    assert weights(tmp_path / "run", 30)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["error"]["rank"]) == ("failed", "rank 1")
+
+
+def test_a_loss_that_is_nan_names_rank_and_step_and_is_not_tried_again(tmp_path):
+    with pytest.raises(RunError, match=r"rank 1, loss, step 44: .*nan") as caught:
+        run(tmp_path / "run", inject=["nan:rank=1,step=44"])
+    assert (caught.value.exit_code, caught.value.step) == (3, 44)
+    assert weights(tmp_path / "run", 30)
+
+
+def test_what_can_never_be_placed_is_refused_with_asked_and_available(tmp_path):
+    with pytest.raises(UsageError, match=r"asks for 5 CPUs \(5 workers x 1\), this cluster has 4"):
+        run(tmp_path / "a", resources={"workers": 5})
+    with pytest.raises(UsageError, match=r"asks for 2 GPUs .*, this cluster has 0"):
+        run(tmp_path / "b", resources={"workers": 2, "gpus_per_worker": 1})
+    with pytest.raises(UsageError, match=r"strict_spread asks for 2 nodes, the cluster has 1"):
+        run(tmp_path / "c", resources={"workers": 2, "placement": "strict_spread"})
+
+
+def test_a_users_own_task_reaches_the_workers(tmp_path):
+    result = distml.run("own-task", {"log.to": []}, out=tmp_path / "run", runtime="ray")
+    assert result.status == "goal_met"
+    assert (tmp_path / "run" / "own_task.py").exists()
+
+
+def test_an_own_task_that_cannot_be_built_is_one_line(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import distml\n\n\nclass Mine(distml.Task):\n    def build_model(self):\n        raise KeyError('no such thing')\n\n"
+        "    def data(self, split):\n        import torch\n\n        return (torch.zeros(10, 1),)\n"
+    )
+    text = "distml: v1\nname: mine\ntask: {name: 'mine:Mine'}\nstop: {steps: 2}\nresources: {workers: 2}\nlimits: {start_s: 60}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"KeyError: 'no such thing' \(mine.py:6\)"):
+        distml.run(tmp_path / "mine.yaml", out=tmp_path / "run", runtime="ray")
+
+
+@pytest.mark.parametrize("job", ["digits-all-reduce", "digits-ps-sync", "digits-ps-async", "digits-ps-ssp"])
+def test_shipped_jobs_reach_their_goal(job, tmp_path):
+    result = distml.run(job, out=tmp_path / "run", runtime="ray")
+    assert result.status == "goal_met"
+    assert result.metrics["eval/accuracy"] >= 0.96
+    assert 0.93 <= result.metrics["test/accuracy"] <= 1.0
+
+
+def test_digits_single_reaches_its_goal(tmp_path):
+    assert distml.run("digits-single", out=tmp_path / "run").status == "goal_met"
