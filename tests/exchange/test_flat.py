@@ -52,8 +52,8 @@ def test_phases_and_groups_order_the_vector_and_each_phase_has_its_tail():
     flat.phase_message(1).fill_(2.0)
     assert all(bool((p.grad == 1).all()) for p in model.d.parameters())
     assert flat.gradients.numel() == d + g + 2 * TAIL
-    assert torch.equal(flat.phase_weights(1), torch.cat([
-        p.data.reshape(-1) for p in (model.g[0].weight, model.g[2].weight, model.g[0].bias, model.g[2].bias)]))  # fmt: skip
+    in_order = (model.g[0].weight, model.g[2].weight, model.g[0].bias, model.g[2].bias)
+    assert torch.equal(flat.phase_weights(1), torch.cat([p.data.reshape(-1) for p in in_order]))
 
 
 def test_another_phases_parameters_are_constants():
@@ -92,7 +92,7 @@ def test_frozen_parameters_stay_out():
 
 def test_models_that_cannot_be_one_vector_are_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1).double())
-    with pytest.raises(ValueError, match="one type.*float32.*float64"):
+    with pytest.raises(ValueError, match=r"one type.*float32.*float64"):
         flat_of(model)
     with pytest.raises(ValueError, match="no parameter to train"):
         flat_of(nn.Linear(2, 2).requires_grad_(False))

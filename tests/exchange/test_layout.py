@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_shards_cover_the_vector_once_and_are_cut_at_blocks(found, count):
     layout = Layout.build(found)
     shards = [layout.shard(index, count) for index in range(count)]
     assert (shards[0][0], shards[-1][1]) == (0, layout.numel)
-    assert all(before[1] == after[0] for before, after in zip(shards, shards[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(shards))
     assert all(start <= stop for start, stop in shards)
     starts = {start for start, _ in layout.blocks} | {layout.numel}
     assert {start for start, _ in shards} <= starts

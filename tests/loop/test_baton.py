@@ -136,7 +136,8 @@ def test_workers_that_call_different_collectives_end_with_an_error():
 
 
 def test_a_failure_in_one_worker_ends_all_and_is_told_once():
-    found = failing(spec_of({"name": "broken:Raises", "args": {"rank": 2, "step": 3}}, workers=3, strategy="all_reduce"))
+    task = {"name": "broken:Raises", "args": {"rank": 2, "step": 3}}
+    found = failing(spec_of(task, workers=3, strategy="all_reduce"))
     assert [(event.rank, event.version, event.phase) for event in found] == [(2, 3, "loss")]
     assert "ZeroDivisionError" in found[0].message
     assert "broken.py:" in found[0].message

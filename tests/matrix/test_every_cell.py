@@ -10,8 +10,9 @@ from own.oracle import job_of, spec_of, train
 from distml.errors import UsageError
 from distml.spec.matrix import Cell, matrix
 
-OWN = {"small:Small": (), "bn:BN": (), "dropout:Dropout": (), "target:Target": (), "grow:Grow": (), "anew:Anew": (),
-       "uneven:Uneven": (), "gan_1d:GAN": (), "centred:Centred": ("group_mean",), "fresh:Fresh": ("one_version",)}  # fmt: skip
+FREE = ("small:Small", "bn:BN", "dropout:Dropout", "target:Target", "grow:Grow", "anew:Anew", "uneven:Uneven",
+        "gan_1d:GAN")  # fmt: skip
+OWN = dict.fromkeys(FREE, ()) | {"centred:Centred": ("group_mean",), "fresh:Fresh": ("one_version",)}
 CELLS = matrix((name, frozenset(needs)) for name, needs in OWN.items())
 STEPS = 4
 

@@ -26,7 +26,8 @@ def test_crossed():
 
 def test_the_first_budget_that_is_used_up_ends_the_run():
     both = agenda({"steps": 10, "examples": 100})
-    assert [both.spent(v, e) for v, e in ((9, 99), (10, 99), (9, 100), (10, 100))] == [None, "steps", "examples", "steps"]
+    used = ((9, 99), (10, 99), (9, 100), (10, 100))
+    assert [both.spent(*pair) for pair in used] == [None, "steps", "examples", "steps"]
     timed = agenda({"seconds": 5.0})
     assert (timed.spent(10**6, 10**9, 4.9), timed.spent(0, 0, 5.0)) == (None, "seconds")
     epochs = agenda({"epochs": 2.5}, size=41)
@@ -60,7 +61,8 @@ def test_duties():
 
 @pytest.mark.parametrize(("goal", "value", "verdict"), [
     ({"at_least": 0.9}, 0.9, "goal"), ({"at_least": 0.9}, 0.89, None), ({"at_most": 0.1}, 0.1, "goal"),
-    ({"at_most": 0.1}, 0.2, None), ({"at_least": 0.9}, math.nan, None), ({"at_most": 0.1}, math.nan, None)])  # fmt: skip
+    ({"at_most": 0.1}, 0.2, None), ({"at_least": 0.9}, math.nan, None), ({"at_most": 0.1}, math.nan, None),
+])  # fmt: skip
 def test_goals(goal, value, verdict):
     judged = agenda({"steps": 10, "goal": {"metric": "eval/score", **goal}})
     assert judged.judge(1, {"eval/score": value, "eval/loss": 0.0}) == verdict
@@ -131,4 +133,5 @@ def test_schedules_are_torchs():
     def warm(version: int) -> float:
         return (version + 1) / 5 if version < 5 else 0.5 * (1 + math.cos(math.pi * (version - 5) / 15))
 
-    assert factors({"name": "cosine", "warmup": 5}, 20, budget=20) == pytest.approx(live(lambda o: LambdaLR(o, warm), 20))
+    warmed = live(lambda o: LambdaLR(o, warm), 20)
+    assert factors({"name": "cosine", "warmup": 5}, 20, budget=20) == pytest.approx(warmed, abs=1e-12)

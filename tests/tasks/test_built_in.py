@@ -25,9 +25,9 @@ def test_splits_are_disjoint_cover_all_and_are_cut_by_the_seed():
     names = ("train", "validation", "test")
     first = [Classification("digits", MLPSpec(name="mlp"), split_seed=0).data(name) for name in names]
     assert [len(labels) for _, labels in first] == [1078, 360, 359]
-    images, _ = load_digits()
-    joined = torch.cat([part for part, _ in first]).reshape(-1, 64)
-    assert torch.equal(joined.unique(dim=0, return_counts=True)[1], images.reshape(-1, 64).unique(dim=0, return_counts=True)[1])
+    joined = torch.cat([part for part, _ in first])
+    counted = [images.reshape(-1, 64).unique(dim=0, return_counts=True) for images in (joined, load_digits()[0])]
+    assert all(torch.equal(mine, expected) for mine, expected in zip(*counted, strict=True))
     other = Classification("digits", MLPSpec(name="mlp"), split_seed=1).data("test")
     assert not torch.equal(first[2][0], other[0])
 

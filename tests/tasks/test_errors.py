@@ -108,7 +108,7 @@ def test_a_best_metric_that_is_never_reported_is_said_too(tmp_path):
         run(tmp_path, "small:Small", checkpoint={"best": best}, evaluate={"every": 5})
 
 
-# -------------------------------------------------------------------------------------------------- own tasks' own files
+# ------------------------------------------------------------------------------------------------ own tasks, own files
 SIBLING = "WIDTH = 4\n"
 TASK = """
 import distml, torch
@@ -183,5 +183,6 @@ def test_two_tasks_of_one_name_in_two_directories_are_two(tmp_path, monkeypatch)
         (tmp_path / folder / "sizes_twice.py").write_text(f"WIDTH = {width}\n")
     for folder, width in (("a", 3), ("b", 5), ("a", 3)):
         monkeypatch.chdir(tmp_path / folder)
-        distml.run(spec_of("mine_twice:Mine", strategy=ONE, steps=1), out=tmp_path / "run", runtime="inline", fresh=True)
+        spec = spec_of("mine_twice:Mine", strategy=ONE, steps=1)
+        distml.run(spec, out=tmp_path / "run", runtime="inline", fresh=True)
         assert saved(tmp_path / "run")["model"]["weight"].shape == (width, 2)

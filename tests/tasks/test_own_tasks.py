@@ -38,7 +38,7 @@ def built(spec: dict):
     return job, task, task.build_model()
 
 
-# ------------------------------------------------------------------------------------------------------- carried tensors
+# ------------------------------------------------------------------------------------------------------ carried tensors
 @pytest.mark.parametrize("strategy", ["all_reduce", "server"])
 @pytest.mark.parametrize("key", ["evaluate", "checkpoint"])
 def test_running_statistics_are_averaged_by_count_when_they_are_looked_at(strategy, key):
@@ -149,7 +149,7 @@ def test_the_group_mean_is_over_all_workers(strategy):
         assert distance(alone.named, whole) > 1e-4
 
 
-# ----------------------------------------------------------------------------------------------- own halves, after_update
+# --------------------------------------------------------------------------------------------- own halves, after_update
 @pytest.mark.parametrize("strategy", SYNC)
 def test_a_target_follows_every_update(strategy):
     spec = sync_spec("target:Target", strategy, steps=20, evaluate={"every": 7})
