@@ -35,6 +35,19 @@ SPEC = {
 }
 TIMES = ("wall_s", "throughput/", "timing/", "memory/", "comm/")
 
+OWN_TASK_THAT_RAISES = """
+import distml
+
+class Mine(distml.Task):
+    def build_model(self):
+        raise KeyError("no such thing")
+
+    def data(self, split):
+        import torch
+
+        return (torch.zeros(10, 1),)
+"""
+
 
 class Notes(SilentDisplay):
     """Keeps what the driver notes."""
@@ -159,12 +172,10 @@ def test_a_users_own_task_reaches_the_workers(tmp_path):
 
 
 def test_an_own_task_that_cannot_be_built_is_one_line(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "import distml\n\n\nclass Mine(distml.Task):\n    def build_model(self):\n        raise KeyError('no such thing')\n\n"
-        "    def data(self, split):\n        import torch\n\n        return (torch.zeros(10, 1),)\n"
+    (tmp_path / "mine.py").write_text(OWN_TASK_THAT_RAISES)
+    (tmp_path / "mine.yaml").write_text(
+        "distml: v1\nname: mine\ntask: {name: 'mine:Mine'}\nstop: {steps: 2}\nresources: {workers: 2}\n"
     )
-    text = "distml: v1\nname: mine\ntask: {name: 'mine:Mine'}\nstop: {steps: 2}\nresources: {workers: 2}\nlimits: {start_s: 60}\n"
-    (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UsageError, match=r"KeyError: 'no such thing' \(mine.py:6\)"):
         distml.run(tmp_path / "mine.yaml", out=tmp_path / "run", runtime="ray")
 
