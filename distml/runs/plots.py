@@ -96,7 +96,8 @@ def _draw_panel(axes: Axes, panel: Panel, *, has_legend: bool) -> None:
     axes.set_ylabel(panel.y_label)
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_formatter(EngFormatter(unit=panel.unit))
+    if axes.get_xlim()[1] >= 1000:  # below, plain numbers read better than thousandths
+        axes.xaxis.set_major_formatter(EngFormatter(unit=panel.unit))
     if _is_wide(panel.curves, ends_only=True, axis="x"):
         axes.set_xscale("log", nonpositive="mask")
         axes.xaxis.set_major_formatter(EngFormatter(unit=panel.unit))

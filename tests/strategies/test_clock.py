@@ -134,18 +134,21 @@ def test_a_pull_is_answered_in_the_order_of_the_updates():
 
 
 def test_an_evaluation_blocks_nobody_and_one_is_under_way_at_a_time():
-    workers = Workers("ssp", 2, bound=0, evaluate={"every": 1})
-    workers.push(0)
-    (entry,) = workers.push(1)
+    workers = Workers("ssp", 2, bound=0, evaluate={"every": 2})
+    for _ in range(2):
+        workers.push(0)
+        (entry,) = workers.push(1)
     assert (entry.replies[0].duties, entry.replies[1].duties) == (("evaluate",), ())
-    (entry,) = workers.push(1)  # rank 0 evaluates version 1: nobody waits for it
-    assert (ranks([entry]), workers.clock.version, entry.replies[1].duties) == ([[1]], 2, ())
-    assert workers.clock.judge(0, 1, {"eval/loss": 1.0}) == (None, [])
+    for version in (3, 4):  # rank 0 evaluates version 2: nobody waits for it, and version 4 must wait for that
+        (entry,) = workers.push(1)
+        assert (ranks([entry]), workers.clock.version, entry.replies[1].duties) == ([[1]], version, ())
+    assert workers.clock.judge(0, 2, {"eval/loss": 1.0}) == (None, [])
     (entry,) = workers.push(1)  # what was put off follows
-    assert entry.replies[1].duties == ("evaluate",)
+    assert (workers.clock.version, entry.replies[1].duties) == (5, ("evaluate",))
     (pull,) = workers.join(0)
-    assert pull.replies[0].version == 3
-    assert ranks(workers.push(0)) == [[0]]
+    assert pull.replies[0].version == 5
+    (entry,) = workers.push(0)
+    assert (ranks([entry]), entry.replies[0].duties) == ([[0]], ())
 
 
 def test_the_evaluation_of_a_worker_that_died_is_done_by_another():
