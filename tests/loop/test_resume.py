@@ -429,3 +429,23 @@ def test_a_slow_worker_that_reaches_the_goal_ends_the_run_with_its_weights(tmp_p
     weight = saved(tmp_path / "run", result.step)["model"]["weight"]
     assert result.metrics["eval/weight"] == result.metrics["test/weight"] == float(weight[0])
     assert float(result.model().weight.detach()[0]) == float(weight[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("stop", "step"), [
+    ({"steps": 24, "goal": {"metric": "eval/score", "at_least": 0.9}}, 18), ({"steps": 24, "patience": 2}, 12),
+    ({"steps": 15}, 15), ({"examples": 15 * 12}, 15),
+])  # fmt: skip
+def test_a_run_that_dies_between_its_last_evaluation_and_its_result_does_no_further_step(tmp_path, name, stop, step):
+    workers, strategy = CASES[name]
+    best = {"metric": "eval/score", "mode": "max"}
+    spec = scripted([0.1, 0.6, 0.5, 0.4, 0.6, 0.9, 0.95, 0.9], stop=stop, checkpoint={"every": 100, "best": best}) | {
+        "strategy": strategy, "resources": {"workers": workers}}  # fmt: skip
+    first, _ = run(tmp_path / "run", spec)
+    assert first.step == step
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    (tmp_path / "run" / "result.json").write_text(json.dumps(record | {"status": "running", "step": step - 1}))
+    again, notes = run(tmp_path / "run", spec)
+    assert f"resuming from step {step}" in notes
+    assert (again.status, again.step, again.best) == (first.status, step, first.best)
+    assert again.metrics["test/weight"] == first.metrics["test/weight"]

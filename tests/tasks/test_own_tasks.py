@@ -182,3 +182,13 @@ def test_a_stream_of_its_own_sees_the_progress():
         assert len(trainer.stream.points) == 1 + 2 * 8
     first, second = (trainer.stream.points for trainer in trained.runtime.trainers)
     assert not torch.equal(first, second)
+
+
+def test_data_drawn_from_the_global_generators_is_the_same_on_every_rank_and_disturbs_nothing():
+    spec = spec_of("drawn:Drawn", evaluate={"every": 4}, steps=12)
+    alone, three = train(spec), train(spec | {"strategy": "all_reduce", "resources": {"workers": 3}})
+    assert distance(alone.named, three.named) <= 1e-12
+    rarely = train(spec | {"evaluate": {"every": 1000}})
+    assert torch.equal(alone.weights, rarely.weights)
+    other = train(spec | {"seed": 1})
+    assert distance(alone.named, other.named) > 1e-4
