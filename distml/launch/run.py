@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,7 @@ def run(
                 f"already finished: {earlier.status} at step {earlier.step}; nothing was run (--fresh runs anew)"
             )
             return as_result(earlier, path)
-        sources = prepare_directory(directory, loaded)
+        sources = prepare_directory(directory, loaded, bool(resume), display)
         group = make_group(loaded, sources, runtime, address, directory.path, tuple(inject))
         return drive(Driver(job, directory, group, display, started), bool(resume), runtime)
 
@@ -228,18 +228,23 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def prepare_directory(directory: RunDirectory, loaded: LoadedSpec) -> SourceTree:
+def prepare_directory(directory: RunDirectory, loaded: LoadedSpec, resume: bool, display: Display) -> SourceTree:
     """Write the resolved spec, with a user's own task beside it, so that the directory runs as it is."""
     from distml.tasks.sources import SourceTree
 
     sources = SourceTree.collect(loaded.job.task, loaded.directory)
     for name, text in sources.files.items():
         target = directory.path / name
+        if resume and target.exists() and target.read_text(encoding="utf-8") != text:
+            display.note(f"changed: {name}; the run goes on with the new text")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
     directory.write_spec(loaded.dump())
     directory.logs.mkdir(exist_ok=True)
-    directory.result.update(status="running", error=None)
+    if resume:
+        directory.result.update(status="running", error=None)
+    else:
+        directory.result.update(**{**asdict(ResultRecord()), "status": "running"})
     return sources
 
 

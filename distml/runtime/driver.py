@@ -65,7 +65,7 @@ class Driver:
         self.start_version, self.version, self.restarts = 0, 0, 0
         self.reason, self.end_version, self.judged = "requested", -1, False
         self.start_written, self.is_training, self.asked_to_stop = False, False, False
-        self.result_written_at = 0.0
+        self.result_written_at, self.has_started = 0.0, False
         self.best: dict[str, Any] | None = None
 
     # -------------------------------------------------------------------------------------------------------- the run
@@ -115,7 +115,8 @@ class Driver:
     def handle(self, event: Event | Lost) -> None:
         """Act on one event."""
         if isinstance(event, FirstUpdate):
-            if "timing/start_s" not in self.metrics:
+            if not self.has_started:
+                self.has_started = True
                 self.metrics["timing/start_s"] = time.perf_counter() - self.started
                 trace_start()
         elif isinstance(event, Report):
@@ -137,7 +138,7 @@ class Driver:
     # --------------------------------------------------------------------------------------------------------- metrics
     def _write(self, row: dict[str, Any]) -> None:
         self.version = max(self.version, row["step"])
-        if not self.start_written and "timing/start_s" in self.metrics:
+        if not self.start_written and self.has_started:
             row["timing/start_s"], self.start_written = self.metrics["timing/start_s"], True
         self.directory.metrics.append(row)
         self.metrics |= {name: value for name, value in row.items() if "/" in name}
@@ -266,6 +267,9 @@ class Driver:
         if self.cut is not None:
             self._remember(self.cut)
         self.merger.restore(version, rows)
+        kept = {name: self.metrics[name] for name in ("timing/start_s", "runtime/restarts") if name in self.metrics}
+        self.metrics = {name: value for row in rows for name, value in row.items() if "/" in name} | kept
+        self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith("test/")}
 
     # -------------------------------------------------------------------------------------------------------- the end
     def _finish(self) -> str:

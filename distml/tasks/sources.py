@@ -12,6 +12,8 @@ from pathlib import Path
 
 from distml.spec.schema import OwnTaskSpec
 
+PROVIDED = frozenset({"distml", *sys.stdlib_module_names})  # never the user's, also in a checkout of distml
+
 
 class SourceTree:
     """The user's Python files that a task's module needs: relative path -> text, and the folder they came from."""
@@ -28,6 +30,8 @@ class SourceTree:
         waiting = [task.name.split(":")[0]]
         while waiting:
             module = waiting.pop()
+            if files and module.split(".")[0] in PROVIDED:
+                continue
             for file in module_files(directory, module):
                 relative = file.relative_to(directory).as_posix()
                 if relative not in files:
@@ -57,13 +61,6 @@ class SourceTree:
             module = sys.modules.get(_module_name(name))
             if module is not None and not hasattr(module, DIGEST):
                 setattr(module, DIGEST, _digest(Path(str(module.__file__))))
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the files' names and texts."""
-        digest = hashlib.sha256()
-        for name in sorted(self.files):
-            digest.update(f"{name}\0{self.files[name]}\0".encode())
-        return digest.hexdigest()
 
 
 def _same_text(file: Path, text: str) -> bool:
