@@ -31,7 +31,17 @@ from distml.strategies.base import Meter, seed_everything
 from distml.strategies.build import build_strategy
 from distml.tasks.base import Mean, Part, Stream, Task
 from distml.tasks.build import describe
-from distml.tasks.data import Batch, DatasetStream, check_dataset, length, map_tensors, micro_batches, mix, to_device
+from distml.tasks.data import (
+    Batch,
+    Dataset,
+    DatasetStream,
+    check_dataset,
+    length,
+    map_tensors,
+    micro_batches,
+    mix,
+    to_device,
+)
 
 BEGINS_ANEW = "begins anew"
 TENSOR = "__tensor__"
@@ -59,6 +69,7 @@ class Trainer:
         self.activity = "start"
         self.strategy = build_strategy(job, rank, world_size, self.device, snapshot_every)
         self.injector = Injector(injections, role="rank", index=rank)
+        self.datasets: dict[str, Dataset] = {}
         self.has_updated = False
         self.speaks = False  # whether this worker's evaluations and shared state are the ones that count
 
@@ -81,8 +92,7 @@ class Trainer:
         try:  # like the model: the same on every rank, and whenever it is built
             seed_everything(part.seed)
             stream = self.task.stream(part)
-            seed_everything(job.seed)
-            dataset = self.task.data("train") if stream is None else None
+            dataset = self._dataset("train") if stream is None else None
         finally:
             set_random_states(states)
         if stream is not None:
@@ -91,6 +101,13 @@ class Trainer:
             return stream, None
         check_dataset(dataset, "train")
         return DatasetStream(dataset, job.seed, job.batch_size, self.rank, self.world_size), length(dataset)
+
+    def _dataset(self, split: str) -> Dataset:
+        """The task's data of a split, asked for once, under the run's seed: it may be drawn or loaded at length."""
+        if split not in self.datasets:
+            seed_everything(self.job.seed)
+            self.datasets[split] = self.task.data(split)
+        return self.datasets[split]
 
     def connect(self, group: Group | None, channel: Channel | None) -> None:
         """Take the way to the other processes."""
@@ -183,8 +200,7 @@ class Trainer:
         states, seed = random_states(), mix(self.job.seed, index, 2)
         self.model.eval()
         try:
-            seed_everything(self.job.seed)
-            dataset = self.task.data(split) if type(self.task).data is not Task.data else None
+            dataset = self._dataset(split) if type(self.task).data is not Task.data else None
             seed_everything(seed)
             part = Part(index, count, seed, split, dataset=dataset, device=self.device)
             with torch.no_grad():

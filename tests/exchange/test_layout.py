@@ -18,9 +18,9 @@ from distml.strategies.parameter_server import shard_slice
 ROWS = [("a.weight", (30, 20), 1, 0), ("a.bias", (30,), 1, 1), ("b.weight", (500,), 0, 0), ("b.bias", (), 0, 1),
         ("c", (7, 3, 50), 1, 0)]  # fmt: skip
 
-rows = st.lists(
-    st.tuples(st.integers(0, 700), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=12
-).map(lambda found: [(f"p{i}", (n,), phase, group) for i, (n, phase, group) in enumerate(found)])
+rows = st.lists(st.tuples(st.integers(0, 700), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=12).map(
+    lambda found: [(f"p{i}", (n,), phase, group) for i, (n, phase, group) in enumerate(found)]
+)
 
 
 def test_entries_stand_by_phase_then_group_then_as_named():

@@ -8,8 +8,6 @@ import pytest
 from distml.errors import UsageError
 from distml.spec.loader import load_spec
 
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
-
 
 @pytest.fixture
 def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:

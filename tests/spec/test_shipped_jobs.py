@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jsonschema
 import pytest
-from conftest import JOBS
+from own.jobs import JOBS
 
 from distml.spec.jobs import find_job, shipped_jobs
 from distml.spec.json_schema import json_schema

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import JOBS
+from own.jobs import JOBS
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
