@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from own.jobs import JOBS
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from own.jobs import JOBS
 
 from distml.errors import UsageError
 from distml.spec.loader import load_spec
