@@ -218,9 +218,15 @@ def load_spec_text(text: str, directory: Path) -> LoadedSpec:
 
 
 def changes(before: JobSpec, after: JobSpec) -> list[tuple[str, str]]:
-    """(top-level key, `key: old -> new`) of all that differs."""
+    """(top-level key, `dotted.key: old -> new`) of all that differs."""
     old, new = (json.loads(job.model_dump_json(by_alias=True)) for job in (before, after))
-    return [(key, f"{key}: {_short(old[key])} -> {_short(new[key])}") for key in new if old[key] != new[key]]
+    return [(key, line) for key in new for line in _differences(key, old[key], new[key])]
+
+
+def _differences(path: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        return [line for key in old for line in _differences(f"{path}.{key}", old[key], new[key])]
+    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
 
 
 def _short(value: object) -> str:
