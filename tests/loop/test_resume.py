@@ -113,7 +113,7 @@ def test_a_run_that_is_extended_is_as_if_it_had_been_longer(tmp_path):
     run(tmp_path / "whole", spec)
     run(tmp_path / "parts", spec | {"stop": {"steps": 20}})
     _, notes = run(tmp_path / "parts", spec)
-    assert any(note.startswith("changed: stop: ") for note in notes)
+    assert any(note.startswith("changed: stop.") for note in notes)
     one, other = saved(tmp_path / "whole"), saved(tmp_path / "parts")
     assert same(one["model"], other["model"])
     assert same(one["optimizer"], other["optimizer"])
@@ -148,8 +148,8 @@ def contents(out: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize(("changes", "what"), [
-    ({"optimizer": {"name": "sgd", "lr": 0.2}}, "optimizer: "), ({"batch_size": 13}, "batch_size: 12 -> 13"),
-    ({"seed": 1}, "seed: 0 -> 1"), ({"task": {"name": "small:Small", "args": {"hidden": 7}}}, "task: "),
+    ({"optimizer": {"name": "sgd", "lr": 0.2}}, "optimizer.lr: 0.1 -> 0.2"), ({"batch_size": 13}, "batch_size: 12 -> 13"),
+    ({"seed": 1}, "seed: 0 -> 1"), ({"task": {"name": "small:Small", "args": {"hidden": 7}}}, "task.args: {} -> "),
 ])  # fmt: skip
 def test_other_changes_are_refused_with_three_ways_out_and_nothing_is_lost(tmp_path, changes, what):
     spec = case("single", "small:Small")
