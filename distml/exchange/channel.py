@@ -42,6 +42,7 @@ class Head:
     """What goes to the clock with a gradient: who pushes, what it was computed from, and what is carried along.
 
     `phase` is `PULL` for a worker that joins: it pushes nothing, and is answered in the order of the updates.
+    `count` is what the gradient is a sum over, `rows` the examples that it came from (with the last phase only).
     """
 
     rank: int
@@ -52,6 +53,7 @@ class Head:
     vote: float = 0.0
     carried: Array | None = None
     integers: dict[str, Array] = field(default_factory=dict)
+    rows: float = 0.0
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """A model's trained parameters as views of one flat vector, and their gradients as views of another.
 
 The gradient vector has `TAIL` more elements behind each phase: what travels together with the sum of the gradients is
-the count it is over, and votes. One reduction carries all of it.
+the count it is over, votes, and the rows (examples) it came from. One reduction carries all of it.
 
 Shapes: N trained elements, P phases; weights [N], gradients [N + P · TAIL].
 """
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from distml.exchange.layout import Array, Layout
 
-TAIL = 2
-COUNT, VOTE = 0, 1
+TAIL = 3
+COUNT, VOTE, ROWS = 0, 1, 2
 
 
 class FlatModel:

@@ -8,7 +8,7 @@ from distml.strategies.single import Single
 
 
 class AllReduce(Single):
-    """One collective per phase carries gradients, count and vote: N + TAIL elements."""
+    """One collective per phase carries gradients, count, vote and rows: N + TAIL elements."""
 
     def _reduce(self, message: Tensor) -> None:
         before = self.group.bytes_sent

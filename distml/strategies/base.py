@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from distml.errors import UsageError
 from distml.exchange.channel import Channel, Group
-from distml.exchange.flat import COUNT, TAIL, VOTE, Carried, FlatModel, from_numpy, to_numpy
+from distml.exchange.flat import COUNT, ROWS, TAIL, VOTE, Carried, FlatModel, from_numpy, to_numpy
 from distml.exchange.layout import Array
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda
 from distml.strategies.optimizer import schedule_factor
 from distml.tasks.base import Loss, Mean, Progress, Task, as_loss
-from distml.tasks.data import Batch
+from distml.tasks.data import Batch, num_rows
 
 # Votes to end the run at the next version. They are added up over workers: whoever sees 1 or more knows of a request.
 REQUESTED, TIMED_OUT = 1.0, 2.0**-12
@@ -90,8 +90,9 @@ class Strategy(ABC):
         self.train_seconds = 0.0
         self.stop_requested = False
         self.meter = Meter()
-        self.since_average = 0.0  # examples of this worker since the carried tensors were averaged
-        self._count = 0.0
+        self.since_average = 0.0  # count of this worker's gradients since the carried tensors were averaged
+        self._count = 0.0  # what this phase's gradient is a sum over: examples, tokens or frames
+        self._rows = 0.0  # examples of this step, whatever its losses count
         self._mark = time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------- building
@@ -146,6 +147,8 @@ class Strategy(ABC):
         value = float(loss.total.detach())
         if not math.isfinite(value):
             raise BadLossError(f"{method} is {value}")
+        if phase == self.phases[-1]:  # every phase sees the same batch
+            self._rows += num_rows(batch, loss.count)
         self.meter.add(method, Mean(value, loss.count))
         for name, mean in loss.metrics.items():
             self.meter.add(name, mean)
@@ -162,16 +165,17 @@ class Strategy(ABC):
         message = self.flat.phase_message(phase)
         message[message.numel() - TAIL + COUNT] = self._count
         message[message.numel() - TAIL + VOTE] = self.vote
+        message[message.numel() - TAIL + ROWS] = self._rows
         started, before = self._mark, time.perf_counter()
         self.meter.compute_s += before - started
         last = phase == self.phases[-1]
         if last:
-            self.meter.examples += self._count
+            self.meter.examples += self._rows
             self.since_average += self._count
         with torch.no_grad():
             self._exchange(phase, self._count, last)
             message.zero_()
-        self._count = 0.0
+        self._count = self._rows = 0.0
         self._mark = time.perf_counter()
         self.meter.exchange_s += self._mark - before
         self.train_seconds += self._mark - started
@@ -281,7 +285,7 @@ class Strategy(ABC):
         clock = shared["clock"]
         self.agenda.load_state(clock["agenda"])
         self.flat.gradients.zero_()
-        self._count, self.finished, self.duties = 0.0, None, ()
+        self._count, self._rows, self.finished, self.duties = 0.0, 0.0, None, ()
         self._advance(clock["version"], clock["examples"], self.agenda.over(clock["version"], clock["examples"]), ())
 
     def clock_state(self) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class Entry:
     Attributes:
         number: position in the order; shards apply entries in it, without gaps.
         members: (rank, ticket) of the gradients, in rank order: sums are taken in this order.
-        count: examples in them.
+        count: what their sum is over: examples, tokens or frames.
+        rows: examples that they came from.
         version: of the weights before.
         capture: keep the shard's state after this entry under the new version.
         clock: the clock's state after it, if it is captured.
@@ -55,6 +56,7 @@ class Entry:
     phase: int
     members: list[tuple[int, int]]
     count: float
+    rows: float
     version: int
     last_phase: bool
     needs_norm: bool = False
@@ -169,15 +171,16 @@ class Clock:
 
     def _entry(self, phase: int, heads: list[Head]) -> Entry:
         self.number += 1
-        members, count = [(head.rank, head.ticket) for head in heads], sum(head.count for head in heads)
-        return Entry(self.number, phase, members, count, self.version, phase == self.num_phases - 1)
+        members = [(head.rank, head.ticket) for head in heads]
+        count, rows = sum(head.count for head in heads), sum(head.rows for head in heads)
+        return Entry(self.number, phase, members, count, rows, self.version, phase == self.num_phases - 1)
 
     def _order(self, phase: int, heads: list[Head]) -> Entry:
         entry = self._entry(phase, heads)
         duties: tuple[str, ...] = ()
         if entry.last_phase:
             self.version += 1
-            self.examples += round(entry.count)
+            self.examples += round(entry.rows)
             self.finished = self.agenda.spent(self.version, self.examples) or Strategy.verdict(
                 sum(h.vote for h in heads)
             )
@@ -377,7 +380,7 @@ class ParameterServer(Strategy):
             whole = (0, self.flat.layout.numel)
             norm = math.sqrt(sum(block_square_norms(self.flat.layout, gradient, whole, phase))) / max(count, 1.0)
             gradient.mul_(clip_scale(norm, self.job.optimizer.clip_norm))
-        head = Head(self.rank, self.ticket, phase, self.read_version, count, self.vote)
+        head = Head(self.rank, self.ticket, phase, self.read_version, count, self.vote, rows=self._rows)
         if not self.is_sync and last and self.carried.tensors:
             head.carried, head.integers = to_numpy(self.carried.average_vector()).copy(), self.carried.integers()
         self.ticket += 1

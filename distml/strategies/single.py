@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from distml.exchange.channel import Channel, Group
-from distml.exchange.flat import COUNT, TAIL, VOTE, from_numpy, to_numpy
+from distml.exchange.flat import COUNT, ROWS, TAIL, VOTE, from_numpy, to_numpy
 from distml.strategies.agenda import crossed
 from distml.strategies.base import Strategy
 from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
@@ -66,7 +66,7 @@ class Single(Strategy):
         self.optimizer.update(self.flat.weights, gradients, phase, version)
         if last:
             self.optimizer.step_done()
-            examples = self.progress.examples + round(tail[COUNT])
+            examples = self.progress.examples + round(tail[ROWS])
             finished = self.agenda.spent(version + 1, examples) or self.verdict(tail[VOTE])
             self._advance(version + 1, examples, finished, self.agenda.duties(version + 1, finished))
 

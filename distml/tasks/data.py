@@ -27,6 +27,14 @@ def length(batch: Batch) -> int:
     return len(batch)
 
 
+def num_rows(batch: Batch, otherwise: float) -> float:
+    """Examples in a batch; `otherwise` for a batch of a kind that has no length."""
+    try:
+        return float(length(batch))
+    except TypeError:
+        return otherwise
+
+
 def map_tensors(batch: Batch, function: Any) -> Batch:
     """`batch` with `function` applied to each of its tensors."""
     if isinstance(batch, Tensor):

@@ -25,6 +25,7 @@ class Workers:
 
     def head(self, rank: int, count: float = 1.0, phase: int = 0, **values) -> Head:
         self.tickets[rank] += 1
+        values.setdefault("rows", count)
         return Head(rank, self.tickets[rank] - 1, phase, self.reads[rank], count, **values)
 
     def push(self, rank: int, **values) -> list:
@@ -202,6 +203,15 @@ def test_two_phases_make_one_version():
     workers.push(0, phase=1, count=2.0)
     (second,) = workers.push(1, phase=1, count=3.0)
     assert (second.last_phase, workers.clock.version, workers.clock.examples) == (True, 1, 5)
+
+
+def test_tokens_divide_the_gradient_and_rows_use_up_the_budget():
+    workers = Workers("sync", 2, stop={"examples": 8})
+    for version, reason in ((1, None), (2, "examples")):
+        workers.push(0, count=30.0, rows=2.0)
+        (entry,) = workers.push(1, count=10.0, rows=2.0)
+        assert (entry.count, entry.rows, workers.clock.examples) == (40.0, 4.0, 4 * version)
+        assert entry.replies[0].finished == reason
 
 
 def test_phases_are_never_averaged_with_each_other():

@@ -10,7 +10,7 @@ from torch import nn
 
 from distml.strategies.base import seed_everything
 from distml.tasks.build import build_task
-from distml.tasks.data import DataOrder, take
+from distml.tasks.data import DataOrder, num_rows, take
 
 SYNC = {
     "single": (1, {"name": "single"}), "all_reduce": (3, {"name": "all_reduce"}),
@@ -121,6 +121,32 @@ def test_tokens_are_summed_and_divided_by_their_number_over_all_workers(strategy
     assert distance(trained.named, oracle(spec, 30)) <= 1e-12
     report = trained.reports[-1]
     assert report.means["error"] == pytest.approx(report.means["loss"])
+
+
+@pytest.mark.parametrize("strategy", [*SYNC, "async"])
+@pytest.mark.parametrize("micro", [None, 2])
+def test_epochs_count_rows_where_the_loss_counts_tokens(strategy, micro):
+    changes = {"batch_size": 10, "micro_batch_size": micro, "stop": {"epochs": 2}, "log": {"every": 1, "to": []}}
+    if strategy == "async":
+        trained = train(spec_of("uneven:Uneven", workers=2, strategy={"name": "parameter_server", "mode": "async"},
+                                **changes))  # fmt: skip
+    else:
+        trained = train(sync_spec("uneven:Uneven", strategy, **changes))
+    assert {event.reason for event in trained.finished} == {"epochs"}
+    updates = 20 if strategy == "async" else 10  # 50 rows, twice, 10 of them in a round of 1 or 2 updates
+    for one in trained.strategies:
+        assert (one.progress.version, one.progress.examples, one.progress.fraction) == (updates, 100, 1.0)
+    last = max(trained.reports, key=lambda report: report.version)
+    assert last.examples == 100
+    assert all(report.values["examples"] / report.values["steps"] < 11 for report in trained.reports)
+    assert sum(count for report in trained.reports for _, count in [report.means["loss"]]) > 300  # tokens
+
+
+def test_rows_of_two_phases_are_counted_once_and_batches_without_a_length_by_their_count():
+    gan = train(sync_spec("gan_1d:GAN", "all_reduce", steps=5))
+    assert gan.strategies[0].progress.examples == 5 * 12
+    assert num_rows(object(), 7.0) == 7.0
+    assert num_rows({"x": torch.zeros(3, 9)}, 27.0) == 3.0
 
 
 def test_a_mean_of_means_is_something_else():
