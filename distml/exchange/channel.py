@@ -7,11 +7,12 @@ has a timeout whose message names what was awaited, and ends with `PeerLost` whe
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distml.exchange.layout import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PeerLost(Exception):

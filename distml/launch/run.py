@@ -100,7 +100,8 @@ def run(
     started = time.perf_counter()
     loaded = load_spec(spec, overrides)
     job = loaded.job
-    runtime = runtime or ("inline" if job.resources.workers == 1 else "ray")
+    alone = job.resources.workers == 1 and not job.resources.gpus_per_worker
+    runtime = runtime or ("inline" if alone else "ray")
     check_injections(inject, job, runtime)
     path = Path(out) if out is not None else Path("runs") / job.name
     display = display or SilentDisplay()
@@ -122,7 +123,7 @@ def drive(driver: Driver, resume: bool, runtime: str) -> Result:
     directory, display = driver.directory, driver.display
     try:
         with driver.signals():
-            driver.build(start_weights(driver.job) if not resume else None, resume)
+            driver.build(lambda: start_weights(driver.job), resume)
             announce(driver, runtime)
             driver.train()
     except KeyboardInterrupt as error:
@@ -261,6 +262,10 @@ def make_group(
     if runtime == "inline":
         if address is not None:
             raise UsageError("--address names a Ray cluster; it needs --runtime ray")
+        if loaded.job.resources.gpus_per_worker:
+            raise UsageError(
+                "resources.gpus_per_worker needs --runtime ray: inline workers share one process on the CPU"
+            )
         from distml.runtime.inline import InlineRuntime
 
         return InlineRuntime(loaded.job, sources, inject)

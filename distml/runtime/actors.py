@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from distml.events import Event, Failed, Interrupted
+from distml.exchange.channel import PeerLost
 from distml.exchange.layout import Array, Layout
 from distml.spec.schema import JobSpec
 from distml.tasks.sources import SourceTree
@@ -114,14 +115,16 @@ class RayChannel:
 
     def _get(self, calls: list[Any], awaited: str) -> list[Any]:
         """Answers of the servers. The wait ends when a server dies or is told to interrupt; the driver sees to that."""
-        from distml.exchange.channel import PeerLost
-
         while True:
             try:
                 return list(ray.get(calls, timeout=self.patience_s))
             except ray.exceptions.GetTimeoutError:
                 print(f"rank {self.rank} still waits for {awaited} after {self.patience_s:g} s", flush=True)
-            except (ray.exceptions.RayError, PeerLost) as error:
+            except PeerLost:
+                raise
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error  # what went wrong there is not a lost peer
+            except ray.exceptions.RayError as error:
                 raise PeerLost(f"rank {self.rank} waited for {awaited}: {type(error).__name__}") from error
 
 
@@ -211,7 +214,6 @@ class WorkerActor:
 
     def advance(self) -> Iterator[Event]:
         """Train, yielding events, until the run ends, fails, or a peer is lost."""
-        from distml.exchange.channel import PeerLost
         from distml.loop import failure
 
         try:
@@ -268,6 +270,8 @@ class ServerActor:
         self.queue: deque[Entry] = deque()
         self.committing = False
         self.turn = asyncio.Condition()
+        self.interrupted = False
+        self.failed: Exception | None = None
 
     async def build(
         self, layout: list[dict[str, Any]], agenda: dict[str, Any], phases: int, servers: list[Any]
@@ -295,10 +299,9 @@ class ServerActor:
             self.clock.load_state(clock)
         self.clock.number, self.applied = 0, 0
         self.clock.begin(ranks)
+        self.interrupted = False
 
     def _interrupt(self) -> None:
-        from distml.exchange.channel import PeerLost
-
         futures: list[asyncio.Future[Any]] = [*self.waiting.values(), *self.gathered.values()]
         for future in futures:
             if not future.done():
@@ -307,14 +310,20 @@ class ServerActor:
         self.queue.clear()
 
     async def interrupt(self) -> None:
-        """End every worker's wait."""
+        """End every worker's wait, and those that begin before the next `load`."""
+        self.interrupted = True
         self._interrupt()
+
+    def _check_open(self) -> None:
+        if self.interrupted:
+            raise PeerLost("the run goes back to an earlier state")
 
     # -------------------------------------------------------------------------------------------------------- exchange
     async def push(self, head: Any, gradient: Array) -> tuple[Reply, Array]:
         """Hold a slice, wait until its entry is applied; the reply and this shard's new weights."""
         from distml.exchange.flat import from_numpy
 
+        self._check_open()
         rank, ticket = head if isinstance(head, tuple) else (head.rank, head.ticket)
         # Ray's memory is read-only and shared; sums are taken in place.
         self.shard.hold(rank, ticket, from_numpy(gradient))
@@ -350,26 +359,33 @@ class ServerActor:
                 for server in others:
                     server.apply.remote(entry, norm)
                 self._apply(entry, norm, reduced=entry.needs_norm)
+                async with self.turn:
+                    self.turn.notify_all()
         finally:
             self.committing = False
 
     async def reduce(self, entry: Entry) -> list[float]:
         """On the others: sum the entry's gradients when its turn has come; the blocks' squared norms."""
-        await self._turn_of(entry)
+        await self._applied(entry.number - 1)
         self.injector.reach(entry.version)
         return self.shard.reduce(entry)
 
     async def apply(self, entry: Entry, norm: float | None) -> None:
         """On the others: apply the entry when its turn has come."""
-        await self._turn_of(entry)
+        await self._applied(entry.number - 1)
         self.injector.reach(entry.version)
-        self._apply(entry, norm, reduced=entry.needs_norm)
+        try:
+            self._apply(entry, norm, reduced=entry.needs_norm)
+        except Exception as error:  # nobody waits for this call: the next ping says so
+            self.failed = error
+            raise
         async with self.turn:
             self.turn.notify_all()
 
-    async def _turn_of(self, entry: Entry) -> None:
+    async def _applied(self, number: int) -> None:
+        """Wait until entry `number` is applied here."""
         async with self.turn:
-            await self.turn.wait_for(lambda: self.applied >= entry.number - 1)
+            await self.turn.wait_for(lambda: self.applied >= number)
 
     def _apply(self, entry: Entry, norm: float | None, reduced: bool) -> None:
         from distml.exchange.flat import to_numpy
@@ -386,20 +402,26 @@ class ServerActor:
                 answer.set_result((entry.replies[rank], weights))
 
     # ------------------------------------------------------------------------------------------------------ membership
-    async def leave(self, rank: int) -> None:
-        """A worker takes no part any more."""
+    async def leave(self, rank: int) -> tuple[str | None, int]:
+        """On server 0: a worker takes no part any more; why the run is over, and the last entry ordered so far."""
+        await self._commit(self.clock.leave(rank))
+        return self.clock.finished, self.clock.number
+
+    async def discard(self, rank: int, number: int) -> None:
+        """Drop what a worker that is gone has pushed here, once the entries up to `number` have used their part."""
+        await self._applied(number)
         self.shard.discard(rank)
-        if self.index == 0:
-            await self._commit(self.clock.leave(rank))
 
     async def judge(self, rank: int, version: int, metrics: dict[str, float]) -> str | None:
         """An evaluation's verdict."""
+        self._check_open()
         verdict, entries = self.clock.judge(rank, version, metrics)
         await self._commit(entries)
         return verdict
 
     async def gather(self, rank: int, number: int, payload: bytes) -> list[bytes]:
         """A collective of all workers."""
+        self._check_open()
         board = self.gathering.setdefault(number, {})
         board[rank] = payload
         if number not in self.gathered:
@@ -411,11 +433,13 @@ class ServerActor:
         return await answer
 
     async def captured(self, version: int) -> dict[str, Any] | None:
-        """This shard's state at a version, if it is still there."""
-        return self.shard.captures.get(version)
+        """This shard's state at a version, if it is still there; it is handed over once."""
+        return self.shard.take_capture(version)
 
     async def ping(self) -> str:
-        """Alive."""
+        """Alive, and nothing has failed unseen."""
+        if self.failed is not None:
+            raise self.failed
         return "serving"
 
 

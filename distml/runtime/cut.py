@@ -22,11 +22,15 @@ ARRAY = "__array__"
 
 @dataclass
 class Cut:
-    """Shared half (weights and moments as flat vectors) and each rank's own half."""
+    """Shared half (weights and moments as flat vectors) and each rank's own half.
+
+    `averaged`: the buffers were averaged at this version, so that the own halves' ones are no others.
+    """
 
     version: int
     shared: dict[str, Any]
     own: dict[int, dict[str, Any]] = field(default_factory=dict)
+    averaged: bool = True
 
 
 def join_captures(pieces: list[dict[str, Any]], carried: dict[str, Array]) -> dict[str, Any]:
@@ -47,7 +51,8 @@ def to_checkpoint(cut: Cut, layout: Layout, frozen: Mapping[str, Array], extra: 
         for name, array in layout.names(vector).items()
     }
     arrays: dict[str, Array] = {}
-    own = {str(rank): pack(without_carried(half), f"{rank}", arrays) for rank, half in sorted(cut.own.items())}
+    halves = {rank: without_carried(half) if cut.averaged else half for rank, half in sorted(cut.own.items())}
+    own = {str(rank): pack(half, f"{rank}", arrays) for rank, half in halves.items()}
     state = {"clock": shared["clock"], "own": own, "layout": layout.to_json(), **extra}
     tensors = {"model": model, "optimizer": optimizer, "own": arrays}
     return Checkpoint(cut.version, tensors, state)
@@ -76,8 +81,6 @@ def from_checkpoint(checkpoint: Checkpoint, layout: Layout) -> Cut:
         "clock": state["clock"],
     }
     own = {int(rank): unpack(half, checkpoint.tensors.get("own", {})) for rank, half in state["own"].items()}
-    for half in own.values():
-        half["carried"] = {}
     return Cut(checkpoint.step, shared, own)
 
 

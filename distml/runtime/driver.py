@@ -16,14 +16,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from distml.errors import DistmlError, RunError, UsageError
 from distml.events import Evaluated, Event, Failed, Finished, FirstUpdate, Report, Snapshot
 from distml.exchange.layout import Array
-from distml.runs.checkpoints import CheckpointStore, folder_name
+from distml.runs.checkpoints import Checkpoint, CheckpointStore, folder_name
 from distml.runs.directory import RunDirectory
 from distml.runs.display import Display
 from distml.runs.tensorboard import TensorBoardWriter
@@ -36,6 +39,22 @@ from distml.strategies.agenda import Agenda
 RESULT_EVERY_S = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_STATUS = {"goal": "goal_met", "requested": "interrupted"}
+
+
+@dataclass
+class Candidate:
+    """A cut that is not complete yet, or waits for the evaluation of its version.
+
+    Attributes:
+        event: the snapshot of the rank that speaks for the version.
+        judged: its evaluation is there, or will never be.
+        keep: the evaluation makes it worth writing: it is the best one, or ends the run.
+    """
+
+    cut: Cut
+    event: Snapshot
+    judged: bool
+    keep: bool = False
 
 
 class Driver:
@@ -59,8 +78,7 @@ class Driver:
         self.boards: TensorBoardWriter | None = None
         self.metrics: dict[str, Any] = {}
         self.cut: Cut | None = None
-        self.candidates: dict[int, Cut] = {}
-        self.due: set[int] = set()  # versions whose checkpoint waits for their evaluation
+        self.candidates: dict[int, Candidate] = {}
         self.own: dict[int, dict[int, dict[str, Any]]] = {}
         self.start_version, self.version, self.restarts = 0, 0, 0
         self.reason, self.end_version, self.judged = "requested", -1, False
@@ -69,26 +87,34 @@ class Driver:
         self.best: dict[str, Any] | None = None
 
     # -------------------------------------------------------------------------------------------------------- the run
-    def build(self, start_weights: dict[str, Array] | None, resume: bool) -> None:
-        """Start the processes, and find the state to go on from.
+    def build(self, start_weights: Callable[[], dict[str, Array] | None], resume: bool) -> None:
+        """Start the processes, and find the state to go on from; without one, begin with `start_weights()`.
 
         Raises:
             UsageError: the spec, the task, the checkpoint or the resources do not fit.
         """
         checkpoint = self.store.newest_good(self.display.note) if resume else None
-        if checkpoint is not None and self.job.init is not None:
-            start_weights = checkpoint.tensors["model"]  # what is frozen comes with it
-        self.description = self.group.build(start_weights)
+        if checkpoint is None:
+            first = start_weights()
+        else:  # what is frozen comes with it
+            first = checkpoint.tensors["model"] if self.job.init is not None else None
+        self.description = self.group.build(first)
         self._take_signals()
         if checkpoint is not None:
             self.cut = from_checkpoint(checkpoint, self.description.layout)
             self.start_version = self.version = self.cut.version
             self.agenda.evaluations = self._evaluations()
-            result, best = self.directory.result.read(), self.job.checkpoint.best
-            self.best = result.best if result is not None and best is not None else None
-            if best is None or (self.best and (self.best["step"] > self.version or self.best["metric"] != best.metric)):
-                self.best = None
+            self.best = self._stored_best()
+            verify_frozen(checkpoint, self.description.frozen)
         self._rewind()
+
+    def _stored_best(self) -> dict[str, Any] | None:
+        """The best checkpoint so far, where it is of the metric that counts now."""
+        best = self.job.checkpoint.best
+        found = self.store.best(best.metric) if best is not None else None
+        if best is None or found is None or found[0] > self.version:
+            return None
+        return {"metric": best.metric, "step": found[0], "value": found[1]}
 
     def train(self) -> str:
         """Train to the end; the run's status."""
@@ -102,8 +128,9 @@ class Driver:
         self.is_training = False
         for row in self.merger.flush():
             self._write(row)
-        if self.end_version < 0:  # asked to stop, and the workers could not end in time: the newest cut is kept
-            self._keep_newest()
+        saved = self.cut.version if self.cut is not None else -1
+        if self.end_version < 0 or (self.reason == "requested" and saved < self.end_version):
+            self._keep_newest()  # asked to stop, and not all workers could end in time
         return self._finish()
 
     def _keep_newest(self) -> None:
@@ -147,7 +174,7 @@ class Driver:
         if time.monotonic() - self.result_written_at >= RESULT_EVERY_S:
             self.result_written_at = time.monotonic()
             self.directory.result.update(durable=False, status="running", step=self.version,
-                                         wall_s=self.merger.seconds, metrics=self.metrics)  # fmt: skip
+                                         wall_s=self.merger.seconds, metrics=self.metrics, best=self.best)  # fmt: skip
 
     def _evaluated(self, event: Evaluated) -> None:
         if self.judged:  # what others evaluated after the version that ended the run
@@ -160,14 +187,14 @@ class Driver:
                "timing/evaluate_s": event.seconds}  # fmt: skip
         self._write(row)
         self.display.evaluated(event.version, event.metrics)
-        candidate = self.candidates.pop(event.version, None)
+        candidate = self.candidates.get(event.version)
+        if candidate is None:  # its state is gone: it can be neither the best one nor a checkpoint
+            return
         is_best = self._is_best(event)
-        if is_best and self.job.checkpoint.best is not None:
-            value = event.metrics[self.job.checkpoint.best.metric]
-            self.store.mark_best(event.version, self.job.checkpoint.best.metric, value)
-        if candidate is not None:
-            important = is_best or event.finished is not None
-            self._accept(candidate, important or event.version in self.due, important)
+        if is_best and self.best is not None:
+            self.store.mark_best(event.version, self.best["metric"], self.best["value"])
+        candidate.judged, candidate.keep = True, is_best or event.finished is not None
+        self._settle(event.version)
 
     def _is_best(self, event: Evaluated) -> bool:
         best = self.job.checkpoint.best
@@ -185,28 +212,35 @@ class Driver:
 
     # ----------------------------------------------------------------------------------------------- cuts, checkpoints
     def _keep(self, event: Snapshot) -> None:
-        """A rank's half of a snapshot; the cut is complete when all of a version are there (async: the speaker's)."""
+        """A rank's half of a snapshot; the rank that speaks for the version also brings the shared half."""
         if self.judged:  # of a version after the one that ended the run
             return
-        halves = self.own.setdefault(event.version, {})
-        halves[event.rank] = event.own
+        self.own.setdefault(event.version, {})[event.rank] = event.own
         if event.carried is not None:
             shared = event.shared or self.group.shared_state(event.version, event.carried)
-            if shared is None:
-                return
-            self.candidates[event.version] = Cut(event.version, shared)
-            self._flags = event
+            if shared is not None:
+                cut = Cut(event.version, shared, averaged=event.checkpoint or event.evaluated)
+                self.candidates[event.version] = Candidate(cut, event, judged=not event.evaluated)
+        self._settle(event.version)
+
+    def _settle(self, version: int) -> None:
+        """Accept a version's cut once it is complete and judged: whoever goes on from it must know its evaluation.
+
+        Complete are the halves of all ranks at that version; under async and ssp each rank's newest.
+        """
+        candidate, halves = self.candidates.get(version), self.own.get(version, {})
         synchronous = self.job.strategy.is_synchronous
-        candidate = self.candidates.get(event.version)
-        if candidate is None or (synchronous and len(halves) < self.job.resources.workers):
+        if candidate is None or not candidate.judged:
             return
-        known = {rank: half for version in sorted(self.own) for rank, half in self.own[version].items()}
-        candidate.own = dict(halves) if synchronous else known
-        self.own = {version: rows for version, rows in self.own.items() if version > event.version - 50}
-        if not self._flags.evaluated:
-            self._accept(self.candidates.pop(event.version), self._flags.checkpoint, important=self._flags.last)
-        elif self._flags.checkpoint:  # it waits for its evaluation: whoever goes on from it must know of that one
-            self.due.add(event.version)
+        if synchronous and len(halves) < self.job.resources.workers:
+            return
+        known = {rank: half for v in sorted(self.own) for rank, half in self.own[v].items() if v <= version}
+        candidate.cut.own = dict(halves) if synchronous else known
+        del self.candidates[version]
+        waiting = {v for v in self.candidates if v < version}
+        self.own = {v: rows for v, rows in self.own.items() if v > version - 50 or v in waiting}
+        event = candidate.event
+        self._accept(candidate.cut, event.checkpoint or candidate.keep, important=event.last or candidate.keep)
 
     def _accept(self, cut: Cut, checkpoint: bool, important: bool) -> None:
         """From now on a recovery goes on from here; and a resume, if it is to be a checkpoint."""
@@ -246,16 +280,26 @@ class Driver:
                            role=event.role, step=self.version)  # fmt: skip
         self.restarts += 1
         self.metrics["runtime/restarts"] = self.restarts
-        self.candidates, self.own, self.due = {}, {}, set()
         if self.cut is not None:
             self._remember(self.cut)
         from_version = self.cut.version if self.cut is not None else 0
         went_back = self.group.recover(self.cut)
+        self._forget_candidates(None if went_back else event.role)
         what = f"all go on from step {from_version}" if went_back else "the others went on; it rejoins"
         self.display.note(f"{event.role} was lost at step {self.version} ({event.cause}): {what} "
                           f"(restart {self.restarts} of {self.job.limits.max_restarts})")  # fmt: skip
         if went_back:
             self._rewind()
+
+    def _forget_candidates(self, role: str | None) -> None:
+        """All of them; or, where the others went on, those of one rank, whose evaluations will not come."""
+        if role is None:
+            self.candidates, self.own = {}, {}
+            return
+        for version, candidate in sorted(self.candidates.items()):
+            if f"rank {candidate.event.rank}" == role:
+                candidate.judged = True
+                self._settle(version)
 
     def _rewind(self) -> None:
         """Rows after the cut are forgotten; they will be written again."""
@@ -308,6 +352,10 @@ class Driver:
             self.store.wait(timeout_s=30.0)
         steps = self.store.steps()
         checkpoint = f"checkpoints/{folder_name(steps[-1])}" if steps else None
+        if not self.has_started:  # what an earlier run came to stays as it is
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self.directory.result.update(status=status, error=None if status == "interrupted" else message)
+            return
         if isinstance(error, KeyboardInterrupt):
             self.directory.result.update(status="interrupted", step=self.version, error=None, checkpoint=checkpoint)
             return
@@ -350,6 +398,21 @@ class Driver:
         if not self.is_training:
             raise KeyboardInterrupt
         self.group.request_stop()
+
+
+def verify_frozen(checkpoint: Checkpoint, frozen: Mapping[str, Array]) -> None:
+    """Frozen tensors must be what the checkpoint was trained with.
+
+    Raises:
+        UsageError: one differs.
+    """
+    saved = checkpoint.tensors["model"]
+    for name, array in frozen.items():
+        if name not in saved or not np.array_equal(saved[name], array, equal_nan=array.dtype.kind == "f"):
+            raise UsageError(
+                f"checkpoint step-{checkpoint.step:08d} was trained with other values of the frozen tensor {name}; "
+                "use --out for a new run, --fresh to move the old one away, or init: {from: ...}"
+            )
 
 
 def trace_start() -> None:

@@ -366,7 +366,7 @@ class InlineRuntime:
     def shared_state(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
         """From the shards' captures."""
         assert self.servers is not None
-        pieces = [shard.captures.get(version) for shard in self.servers.shards]
+        pieces = [shard.take_capture(version) for shard in self.servers.shards]
         found = [piece for piece in pieces if piece is not None]
         if len(found) < len(pieces):
             return None

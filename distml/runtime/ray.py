@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from distml.errors import RunError, UsageError
 from distml.events import Event, Failed, Finished, Interrupted
+from distml.exchange.channel import PeerLost
 from distml.exchange.layout import Array, Layout
 from distml.inject import Injection
 from distml.runtime.actors import ServerActor, WorkerActor, end_process
@@ -40,6 +41,14 @@ POLL_S = 0.2
 STOP_PATIENCE_S = 2.0
 CLOSE_PATIENCE_S = 5.0
 TRY_ADDRESS = "; check --address or RAY_ADDRESS ('ray status' on a node shows the cluster's)"
+
+
+class ProcessLostError(Exception):
+    """A process died, or a peer of it did, while the driver waited for its answer."""
+
+    def __init__(self, role: str, cause: str, awaited: str) -> None:
+        self.role, self.cause, self.awaited = role, cause, awaited
+        super().__init__(f"{role} was lost while the driver waited for {awaited}: {cause}")
 
 
 class RayRuntime:
@@ -69,6 +78,7 @@ class RayRuntime:
         self.heard: dict[str, float] = {}
         self.lost: dict[str, str] = {}
         self.finished: set[int] = set()
+        self.broken: dict[str, tuple[float, str]] = {}  # whose exchange broke, when and how; a death explains it soon
         self.generation = 0
         self.group: PlacementGroup | None = None
         self.stop_asked, self.owns_ray = False, False
@@ -89,7 +99,8 @@ class RayRuntime:
             self.servers[index] = self._server(index)
         for rank in range(self.size):
             self.workers[rank] = self._worker(rank)
-        self._build_workers(list(range(self.size)))
+        with self._starting():
+            self._build_workers(list(range(self.size)))
         facts = self.facts[0]
         self.layout = Layout.from_json(facts["layout"])
         self.built_weights = self.workers[0].start_weights.remote() if self.servers else None
@@ -115,12 +126,11 @@ class RayRuntime:
     def _worker(self, rank: int) -> Any:
         place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
         resources = self.job.resources
-        snapshots = SNAPSHOT_EVERY if self.job.limits.max_restarts else None
         worker: Any = WorkerActor
         options = worker.options(
             num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, scheduling_strategy=place
         )
-        return options.remote(rank, self.job_json, self.directory, snapshots, self.injections)
+        return options.remote(rank, self.job_json, self.directory, SNAPSHOT_EVERY, self.injections)
 
     def _server(self, index: int) -> Any:
         server: Any = ServerActor
@@ -129,10 +139,8 @@ class RayRuntime:
     def _build_workers(self, ranks: list[int]) -> None:
         files = self.sources.files
         weights = ray.put(dict(self.start_weights)) if self.start_weights is not None else None
-        calls = {rank: self.workers[rank].build.remote(self.sources.directory, files, weights) for rank in ranks}
-        for rank, facts in zip(
-            calls, self._get(list(calls.values()), f"workers {ranks} to build the task"), strict=True
-        ):
+        calls = {f"rank {r}": self.workers[r].build.remote(self.sources.directory, files, weights) for r in ranks}
+        for rank, facts in zip(ranks, self._ask(calls, "the task to be built"), strict=True):
             if "error" in facts:
                 raise UsageError(facts["error"])
             self.facts[rank] = facts
@@ -140,19 +148,36 @@ class RayRuntime:
             raise UsageError(DIFFERENT_MODELS)
         self.heard |= {f"rank {rank}": time.monotonic() for rank in ranks}
 
-    def _get(self, calls: list[Any], awaited: str) -> list[Any]:
-        """Answers within `limits.start_s`."""
+    def _ask(self, calls: Mapping[str, Any], awaited: str) -> list[Any]:
+        """Every role's answer, within `limits.start_s`.
+
+        Raises:
+            ProcessLostError: a process died, or lost the peer that it needed for its answer.
+            UsageError: no answer in time.
+        """
         limit = self.job.limits.start_s
+        deadline = time.monotonic() + limit
+        answers = []
+        for role, call in calls.items():
+            try:
+                answers.append(ray.get(call, timeout=max(0.0, deadline - time.monotonic())))
+            except ray.exceptions.GetTimeoutError:
+                raise UsageError(
+                    f"waited {limit:g} s for {role}, for {awaited}; see {self.directory}/logs, or raise limits.start_s"
+                ) from None
+            except ray.exceptions.RayActorError as error:
+                raise ProcessLostError(role, self._cause(error), awaited) from None
+            except PeerLost as error:
+                raise ProcessLostError(role, " ".join(str(error).split())[-200:], awaited) from None
+        return answers
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[None]:
+        """A death before training has begun ends the run: there is nothing to go back to, and it would come again."""
         try:
-            return list(ray.get(calls, timeout=limit))
-        except ray.exceptions.GetTimeoutError:
-            raise UsageError(
-                f"waited {limit:g} s for {awaited}; see {self.directory}/logs, or raise limits.start_s"
-            ) from None
-        except ray.exceptions.RayActorError as error:
-            raise RunError(
-                f"a process died while the driver waited for {awaited}: {self._cause(error)}", phase="start"
-            ) from None
+            yield
+        except ProcessLostError as lost:
+            raise RunError(f"{lost.cause} (while waiting for {lost.awaited})", role=lost.role, phase="start") from None
 
     def _transport(self) -> str:
         if self.servers:
@@ -164,15 +189,18 @@ class RayRuntime:
     # ------------------------------------------------------------------------------------------------------ connecting
     def begin(self, cut: Cut | None) -> None:
         """Connect everyone and load `cut`, then let the workers train."""
+        with self._starting():
+            self._begin(cut)
+
+    def _begin(self, cut: Cut | None) -> None:
         self.generation += 1
         if self.servers:
             self._load_servers(cut)
         self._connect(list(range(self.size)))
         shared = ray.put(self._worker_share(cut)) if cut is not None else None
         own = cut.own if cut is not None else {}
-        self._get(
-            [w.load.remote(shared, own.get(rank)) for rank, w in self.workers.items()], "workers to load the state"
-        )
+        calls = {f"rank {rank}": w.load.remote(shared, own.get(rank)) for rank, w in self.workers.items()}
+        self._ask(calls, "the state to be loaded")
         self.finished = set()
         for rank in self.workers:
             self._start(rank)
@@ -183,16 +211,15 @@ class RayRuntime:
 
     def _load_servers(self, cut: Cut | None) -> None:
         facts, handles = self.facts[0], [self.servers[index] for index in sorted(self.servers)]
-        calls = [s.build.remote(facts["layout"], facts["agenda"], facts["phases"], handles) for s in handles]
-        self._get(calls, "servers to start")
+        plan = (facts["layout"], facts["agenda"], facts["phases"], handles)
+        self._ask({f"server {i}": s.build.remote(*plan) for i, s in enumerate(handles)}, "its start")
         if cut is not None:
             weights, moments, clock = cut.shared["weights"], cut.shared["moments"], cut.shared["clock"]
             state: tuple[Any, ...] = (ray.put(weights), ray.put(moments), clock)
         else:
             state = (self.built_weights, {}, None)
-        self._get(
-            [server.load.remote(*state, list(range(self.size))) for server in handles], "servers to load the state"
-        )
+        ranks = list(range(self.size))
+        self._ask({f"server {i}": s.load.remote(*state, ranks) for i, s in enumerate(handles)}, "its state")
         self.heard |= {f"server {index}": time.monotonic() for index in self.servers}
 
     def _connect(self, ranks: list[int]) -> None:
@@ -200,14 +227,15 @@ class RayRuntime:
         if not self.servers and self.size > 1:
             one_host = len({facts["node"] for facts in self.facts.values()}) == 1
             host = "127.0.0.1" if one_host else self.facts[0]["address"]
-            port = self._get([self.workers[0].open_rendezvous.remote(host)], "rank 0's rendezvous")[0]
+            port = self._ask({"rank 0": self.workers[0].open_rendezvous.remote(host)}, "the rendezvous")[0]
         handles = [self.servers[index] for index in sorted(self.servers)]
-        calls = [self.workers[rank].connect.remote(host, port, handles, self.generation) for rank in ranks]
-        self._get(calls, "workers to connect")
+        way = (host, port, handles, self.generation)
+        self._ask({f"rank {rank}": self.workers[rank].connect.remote(*way) for rank in ranks}, "its connection")
 
     def _start(self, rank: int) -> None:
         self.streams[rank] = self.workers[rank].advance.options(num_returns="streaming").remote()
         self.heard[f"rank {rank}"] = time.monotonic()
+        self.broken.pop(f"rank {rank}", None)
 
     # -------------------------------------------------------------------------------------------------------- training
     def events(self) -> Iterator[Event | Lost]:
@@ -215,7 +243,9 @@ class RayRuntime:
         while len(self.finished) < self.size:
             ready: list[Any] = []
             if self.streams:
-                ready, _ = ray.wait(list(self.streams.values()), num_returns=1, timeout=POLL_S)
+                streams = list(self.streams.values())
+                ray.wait(streams, num_returns=1, timeout=POLL_S)
+                ready, _ = ray.wait(streams, num_returns=len(streams), timeout=0)  # nobody's events fall behind
             else:
                 time.sleep(POLL_S)
             for rank in [rank for rank, stream in self.streams.items() if stream in ready]:
@@ -225,10 +255,8 @@ class RayRuntime:
             self._heartbeat()
             if self.stop_asked and self._stopping():
                 return
-            while self.lost:
-                role, cause = next(iter(self.lost.items()))
-                yield Lost(role, cause)
-                self.lost.pop(role, None)
+            while self.lost:  # `recover` clears it, and fills it anew when somebody dies meanwhile
+                yield Lost(*next(iter(self.lost.items())))
 
     def _stopping(self) -> bool:
         """Pass a request to stop on; True when waiting for the workers is over: some are gone, or it takes too long.
@@ -257,7 +285,10 @@ class RayRuntime:
             self.finished.add(rank)
         if isinstance(event, Failed):
             self.streams.pop(rank, None)
-        return None if isinstance(event, Interrupted) else event
+        if isinstance(event, Interrupted):
+            self.broken[f"rank {rank}"] = time.monotonic(), event.message
+            return None
+        return event
 
     def _heartbeat(self) -> None:
         """Ping each process; who has given no answer for too long is ended."""
@@ -280,15 +311,25 @@ class RayRuntime:
                     self.heard[role] = now
                 except ray.exceptions.RayActorError as error:
                     self._mark_lost(role, self._cause(error))
+                except Exception as error:  # an exchange that failed where nobody waits for its result
+                    self._end(role)
+                    self._mark_lost(role, " ".join(str(error).split())[-300:])
             elif now - max(ping[1], self.heard.get(role, 0.0)) > limits.lost_after_s:
                 self._end(role)
                 self._mark_lost(
                     role, f"it gave no answer for {limits.lost_after_s:g} s (stopped or cut off) and was ended"
                 )
 
+        for role, (since, message) in list(self.broken.items()):
+            if not self.lost and now - since > limits.lost_after_s:  # broken, and nobody has died of it
+                self._mark_lost(role, message)
+
     def _mark_lost(self, role: str, cause: str) -> None:
         kind, index = role.split()
-        (self.workers if kind == "rank" else self.servers).pop(int(index), None)
+        self.broken.pop(role, None)
+        actor = (self.workers if kind == "rank" else self.servers).pop(int(index), None)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)  # unreachable is not always dead
         if kind == "rank":
             self.streams.pop(int(index), None)
             if int(index) in self.finished and not self._needs_everyone:
@@ -328,37 +369,60 @@ class RayRuntime:
 
     # -------------------------------------------------------------------------------------------------------- recovery
     def recover(self, cut: Cut | None) -> bool:
-        """Replace what is lost; async workers rejoin, everything else goes back to `cut`."""
-        roles = list(self.lost)
-        self.lost = {}
+        """Replace what is lost; async workers rejoin, everything else goes back to `cut`.
+
+        Whoever dies meanwhile is the next `Lost`: the one who consumes `events` counts it, and calls again.
+        """
+        roles, self.lost = list(self.lost), {}
         self.injections = without_spent(self.injections, roles)
-        if all(role.startswith("rank") for role in roles) and not self._needs_everyone:
+        try:
+            if all(role.startswith("rank") for role in roles) and not self._needs_everyone:
+                if all([self._rejoin(int(role.split()[1]), cut) for role in roles]):
+                    return False
+            self._go_back(cut)
+        except ProcessLostError as again:
             for role in roles:
-                self._rejoin(int(role.split()[1]), cut)
-            return False
+                if role != again.role and int(role.split()[1]) not in self._living(role):
+                    self.lost[role] = "it could not be replaced yet"
+            self._mark_lost(again.role, again.cause)
+            self.lost.setdefault(again.role, again.cause)
+        return True
+
+    def _living(self, role: str) -> dict[int, Any]:
+        return self.workers if role.startswith("rank") else self.servers
+
+    def _go_back(self, cut: Cut | None) -> None:
+        """Everyone continues from `cut`; without one, from the beginning."""
         self._stop_streams()
+        self.injections = without_spent(self.injections, list(self.lost))
+        self.lost, self.pings, self.broken = {}, {}, {}
         for index in range(self.num_servers):
             if index not in self.servers:
                 self.servers[index] = self._server(index)
         missing = [rank for rank in range(self.size) if rank not in self.workers]
         for rank in missing:
             self.workers[rank] = self._worker(rank)
-        if missing:
-            self._build_workers(missing)
-        self.lost, self.pings = {}, {}
-        self.begin(cut)
-        return True
+        anew = list(range(self.size)) if cut is None else missing
+        if anew:
+            self._build_workers(anew)
+        self._begin(cut)
 
-    def _rejoin(self, rank: int, cut: Cut | None) -> None:
-        self._get([server.leave.remote(rank) for server in self.servers.values()], "servers to let a worker go")
+    def _rejoin(self, rank: int, cut: Cut | None) -> bool:
+        """Replace an asynchronous worker while the others go on; False if the run has ended, and it may be missed."""
+        ended, number = self._ask({"server 0": self.servers[0].leave.remote(rank)}, "a worker to be let go")[0]
+        if ended:
+            return False
+        calls = {f"server {i}": s.discard.remote(rank, number) for i, s in self.servers.items()}
+        self._ask(calls, "a worker's gradients to be dropped")
         self.workers[rank] = self._worker(rank)
         self._build_workers([rank])
         self.generation += 1
         self._connect([rank])
         own = cut.own.get(rank) if cut is not None else None
         shared = self._worker_share(cut) if cut is not None else None
-        self._get([self.workers[rank].load.remote(shared, own)], f"rank {rank} to load its state")
+        self._ask({f"rank {rank}": self.workers[rank].load.remote(shared, own)}, "its state to be loaded")
         self._start(rank)
+        return True
 
     def _stop_streams(self) -> None:
         """Survivors end their loops: a broken group or interrupted servers end their waits. Others are ended."""
@@ -391,20 +455,37 @@ class RayRuntime:
         self.stop_asked = True
 
     def evaluate(self, split: str, tensors: Mapping[str, Array]) -> dict[str, tuple[float, float]]:
-        """In one part per worker, added up."""
-        state, size = ray.put(dict(tensors)), len(self.workers)
-        calls = [
-            worker.evaluate_part.remote(split, index, size, state)
-            for index, (_, worker) in enumerate(sorted(self.workers.items()))
-        ]
+        """In one part per worker, added up; the part of a worker that dies is given to another."""
+        state = ray.put(dict(tensors))
+        calls = {part: self._evaluate_part(split, part, state, part) for part in range(self.size)}
+        answers: dict[int, dict[str, Any]] = {}
+        while calls:
+            ready, _ = ray.wait([call for _, call in calls.values()], num_returns=1, timeout=POLL_S)
+            self._heartbeat()
+            for part, (rank, call) in list(calls.items()):
+                if call in ready and rank in self.workers:
+                    try:
+                        answers[part] = ray.get(call)
+                        del calls[part]
+                    except ray.exceptions.RayActorError as error:
+                        self._mark_lost(f"rank {rank}", self._cause(error))
+                if part in calls and rank not in self.workers:
+                    calls[part] = self._evaluate_part(split, part, state, part)
         sums: dict[str, tuple[float, float]] = {}
-        for rank, answer in enumerate(self._get(calls, f"the evaluation of the {split} split")):
+        for part, answer in sorted(answers.items()):
             if "error" in answer:
-                raise RunError(answer["error"], role=f"rank {rank}", phase=f"evaluate {split}")
+                raise RunError(answer["error"], role=f"rank {part}", phase=f"evaluate {split}")
             for name, (total, count) in answer["means"].items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = before[0] + total, before[1] + count
         return sums
+
+    def _evaluate_part(self, split: str, part: int, state: Any, wanted: int) -> tuple[int, Any]:
+        """(rank, call) of the worker that evaluates a part: the wanted one if it lives."""
+        if not self.workers:
+            raise RunError(f"no worker is left for the {split} split", role=f"rank {wanted}", phase=f"evaluate {split}")
+        rank = wanted if wanted in self.workers else min(self.workers)
+        return rank, self.workers[rank].evaluate_part.remote(split, part, self.size, state)
 
     def close(self) -> None:
         """End actors, placement group, and a Ray of our own; does not wait for a Ray that no longer answers."""
@@ -522,9 +603,11 @@ def check_resources(job: JobSpec, private: bool) -> None:
         if asked > there:
             raise UsageError(f"the job asks for {asked:g} {name}s ({resources.workers} workers x {amount:g}), "
                              f"this {'machine' if private else 'cluster'} has {there:g}")  # fmt: skip
-        largest = max(node.get(name, 0.0) for node in nodes)
-        if amount > largest:
-            raise UsageError(f"each worker asks for {amount:g} {name}s, the largest node has {largest:g}")
+        slots = [int(node.get(name, 0.0) // amount) for node in nodes]
+        if resources.workers > (max(slots) if resources.placement == "strict_pack" else sum(slots)):
+            where = "on one node " if resources.placement == "strict_pack" else ""
+            raise UsageError(f"the job asks for {resources.workers} workers with {amount:g} {name}s each {where}"
+                             f"({resources.placement}); the nodes have {[node.get(name, 0.0) for node in nodes]}")  # fmt: skip
     if resources.placement == "strict_spread" and resources.workers > len(nodes):
         raise UsageError(f"strict_spread asks for {resources.workers} nodes, the cluster has {len(nodes)}")
 

@@ -49,7 +49,7 @@ class Entry:
         version: of the weights before.
         capture: keep the shard's state after this entry under the new version.
         clock: the clock's state after it, if it is captured.
-        evaluated: a worker evaluates the new version: its capture stays until the next such version.
+        lasting: somebody will come for the capture, maybe late: it is evaluated, or becomes a checkpoint.
     """
 
     number: int
@@ -62,7 +62,7 @@ class Entry:
     needs_norm: bool = False
     capture: bool = False
     clock: dict[str, Any] | None = None
-    evaluated: bool = False
+    lasting: bool = False
     dropped: bool = False
     replies: dict[int, Reply] = field(default_factory=dict)
 
@@ -188,7 +188,8 @@ class Clock:
         clips = self.is_sync and self.job.optimizer.clip_norm is not None
         reports = entry.last_phase and crossed(entry.version, entry.version + 1, self.job.log.every)
         entry.needs_norm, entry.capture = clips or reports, self.agenda.captures(duties)
-        entry.clock, entry.evaluated = self.state() if entry.capture else None, "evaluate" in duties
+        entry.clock = self.state() if entry.capture else None
+        entry.lasting = "evaluate" in duties or "checkpoint" in duties
         for position, head in enumerate(heads):
             own = duties if self.is_sync or position == 0 else ()
             reply = Reply(self.version, self.examples, staleness=entry.version - head.read_version,
@@ -246,7 +247,7 @@ class Shard:
         self.gradients: dict[tuple[int, int], Tensor] = {}
         self.reduced: Tensor | None = None
         self.captures: dict[int, dict[str, Any]] = {}
-        self.evaluated = -1  # the version that is being evaluated: others go on meanwhile, maybe far
+        self.lasting: set[int] = set()
 
     def load(self, weights: Tensor, moments: Mapping[str, Tensor], updates: int) -> None:
         """Take this shard's slices of whole vectors [N]; missing moments start at zero."""
@@ -295,23 +296,32 @@ class Shard:
         if entry.last_phase:
             self.optimizer.step_done()
         if entry.capture:
-            self.evaluated = entry.version + 1 if entry.evaluated else self.evaluated
-            self.capture(entry.version + 1, entry.clock)
+            self.capture(entry.version + 1, entry.clock, lasting=entry.lasting)
 
-    def capture(self, version: int, clock: Mapping[str, Any] | None) -> None:
-        """Keep a copy of the state under its version; the last few stay, and the one that is being evaluated."""
+    def capture(self, version: int, clock: Mapping[str, Any] | None, lasting: bool) -> None:
+        """Keep a copy of the state under its version: until it is taken if `lasting`, else while it is among the last.
+
+        Only the few last of either sort stay: somebody who does not come to take them must not fill the memory.
+        """
         self.captures[version] = {
             "clock": clock,
             "weights": to_numpy(self.weights).copy(),
             "moments": {name: to_numpy(vector).copy() for name, vector in self.optimizer.moments.items()},
             "updates": self.optimizer.updates,
         }
-        for old in sorted(self.captures)[:-KEPT_CAPTURES]:
-            if old != self.evaluated:
-                del self.captures[old]
+        if lasting:
+            self.lasting.add(version)
+        self.lasting &= self.captures.keys()
+        passing = sorted(self.captures.keys() - self.lasting)
+        for old in [*passing[:-KEPT_CAPTURES], *sorted(self.lasting)[: -2 * KEPT_CAPTURES]]:
+            del self.captures[old]
+
+    def take_capture(self, version: int) -> dict[str, Any] | None:
+        """The state at a version, if it is still there; it is handed over once."""
+        return self.captures.pop(version, None)
 
 
-KEPT_CAPTURES = 8
+KEPT_CAPTURES = 4
 
 
 def shard_slice(layout: Layout, shard: tuple[int, int], phase: int) -> slice:
