@@ -31,7 +31,7 @@ class FlatModel:
         group_patterns: likewise for parameter groups; what matches none is group 0, the k-th pattern is group k + 1.
 
     Raises:
-        ValueError: nothing to train, or parameters of several types.
+        ValueError: nothing to train, or parameters of several types or of one that is not trained in.
     """
 
     def __init__(self, model: nn.Module, phase_patterns: Sequence[str], group_patterns: Sequence[str] = ()) -> None:
@@ -44,6 +44,9 @@ class FlatModel:
                 if types
                 else "the model has no parameter to train (requires_grad)"
             )
+        if not types <= {torch.float32, torch.float64}:
+            name, wrong = next((name, p.dtype) for name, p in trained.items())
+            raise ValueError(f"trained parameters must be float32 or float64, {name} is {wrong}; use model.float()")
         rows = []
         for name, parameter in trained.items():
             phase = _first_match(name, phase_patterns)

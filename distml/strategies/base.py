@@ -229,7 +229,7 @@ class Strategy(ABC):
         """Floating buffers become their average by count over the group; integer ones rank 0's."""
         vector = self.carried.average_vector()
         if self.group.size > 1 and self.carried.tensors:
-            weighted = torch.cat([vector * self.since_average, torch.tensor([self.since_average], dtype=torch.float64)])
+            weighted = torch.cat([vector * self.since_average, vector.new_tensor([self.since_average])])
             self.group.all_reduce(weighted)
             if weighted[-1] > 0:
                 self.carried.set_average(weighted[:-1] / weighted[-1])

@@ -347,7 +347,7 @@ class ServerGroup:
         parts = self.all_gather(own.tobytes())
         import numpy as np
 
-        total = torch.zeros_like(vector)
+        total = torch.zeros(own.shape, dtype=vector.dtype)  # on the CPU, wherever the vector lives
         for part in parts:
             total += from_numpy(np.frombuffer(bytearray(part), own.dtype).reshape(own.shape))
         vector.copy_(total)

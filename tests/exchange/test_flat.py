@@ -100,6 +100,14 @@ def test_models_that_cannot_be_one_vector_are_refused():
         flat_of(Pair(), ("d.*",))
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_narrow_trained_parameters_are_refused(kind):
+    with pytest.raises(ValueError, match=rf"must be float32 or float64, weight is {kind}"):
+        flat_of(nn.Linear(2, 2).to(kind))
+    model = nn.Sequential(nn.Linear(2, 2).to(kind).requires_grad_(False), nn.Linear(2, 2))  # frozen ones may be
+    assert flat_of(model).layout.numel == 6
+
+
 def test_carried_tensors_are_the_persistent_buffers():
     model = nn.BatchNorm1d(2)
     model.register_buffer("cache", torch.zeros(5), persistent=False)
