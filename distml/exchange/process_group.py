@@ -35,16 +35,15 @@ class ProcessGroup:
         host, port: of rank 0's rendezvous.
         listener: rank 0's socket.
         timeout_s: of one collective; longer than anything healthy, since the driver ends what is lost much earlier.
+        own_address: of this rank's node, on whose interface it talks; None: it is rank 0's.
     """
 
     def __init__(
         self, rank: int, size: int, host: str, port: int, listener: socket.socket | None, device: torch.device,
-        timeout_s: float,
+        timeout_s: float, own_address: str | None = None,
     ) -> None:  # fmt: skip
         self.rank, self.size, self.bytes_sent = rank, size, 0
-        interface = interface_of(host)
-        if interface is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+        use_interface_of(own_address or host)
         timeout = datetime.timedelta(seconds=timeout_s)
         try:
             descriptor = listener.detach() if listener is not None else None
@@ -90,6 +89,16 @@ class ProcessGroup:
         """Close all connections."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def use_interface_of(address: str) -> None:
+    """Let gloo and NCCL talk on the interface that has this address; they choose where none here has it."""
+    interface = interface_of(address)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if interface is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = interface
 
 
 def interface_of(address: str) -> str | None:
