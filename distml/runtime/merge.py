@@ -9,7 +9,10 @@ from distml.events import Report
 
 
 class ReportMerger:
-    """Collects one report of every rank per row; a rank that is far behind does not hold the others up.
+    """Collects one report of every rank per row.
+
+    Synchronous ranks report the same versions: a row is about one of them, and waits for all. Asynchronous ones each
+    report versions of their own: a row has one report of each, and a rank that is far behind does not hold it up.
 
     Args:
         world_size: workers.
@@ -20,13 +23,14 @@ class ReportMerger:
 
     def __init__(self, world_size: int, is_synchronous: bool) -> None:
         self.world_size, self.is_synchronous = world_size, is_synchronous
-        self.waiting: dict[int, deque[Report]] = {}
+        self.waiting: dict[int, deque[Report]] = {}  # asynchronous: rank -> its reports
+        self.versions: dict[int, list[Report]] = {}  # synchronous: version -> the ranks' reports of it
         self.step = self.examples = 0
         self.seconds, self.bytes = 0.0, 0.0
 
     def restore(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Go on after `step`, with the totals of the rows up to it."""
-        self.waiting = {}
+        self.waiting, self.versions = {}, {}
         last: dict[str, Any] = next(
             (row for row in reversed(rows) if row["step"] <= step and "train/examples" in row), {}
         )
@@ -35,6 +39,10 @@ class ReportMerger:
 
     def add(self, report: Report) -> list[dict[str, Any]]:
         """The rows that this report completes."""
+        if self.is_synchronous:
+            found = self.versions.setdefault(report.version, [])
+            found.append(report)
+            return [self._row(self.versions.pop(report.version))] if len(found) == self.world_size else []
         self.waiting.setdefault(report.rank, deque()).append(report)
         rows = []
         while len(self.waiting) == self.world_size or any(len(q) > self.PATIENCE for q in self.waiting.values()):
@@ -44,7 +52,7 @@ class ReportMerger:
 
     def flush(self) -> list[dict[str, Any]]:
         """Rows of what still waits."""
-        rows = []
+        rows = [self._row(self.versions.pop(version)) for version in sorted(self.versions)]
         while self.waiting:
             rows.append(self._row([queue.popleft() for queue in self.waiting.values()]))
             self.waiting = {rank: queue for rank, queue in self.waiting.items() if queue}

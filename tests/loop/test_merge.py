@@ -1,0 +1,54 @@
+"""Reports of several ranks become rows: of one version each where all report the same, else as they come."""
+
+from __future__ import annotations
+
+import pytest
+
+from distml.events import Report
+from distml.runtime.merge import ReportMerger
+
+
+def report(rank: int, version: int, total: float = 1.0) -> Report:
+    values = {"lr": 0.1, "steps": 10.0, "examples": 60.0, "compute_s": 0.1, "exchange_s": 0.1, "bytes": 8.0,
+              "staleness_total": 0.0, "staleness_max": 0.0, "memory_bytes": 1.0}  # fmt: skip
+    return Report(rank, version, version * 12, 0.5, version * 0.1, {"loss": (total, 1.0)}, values)
+
+
+def test_a_synchronous_row_waits_for_every_rank_however_late():
+    merger = ReportMerger(3, is_synchronous=True)
+    for version in range(10, 110, 10):  # rank 2's reports do not get through for ten rows
+        assert merger.add(report(0, version)) == []
+        assert merger.add(report(1, version, 2.0)) == []
+    rows = [row for version in range(10, 110, 10) for row in merger.add(report(2, version, 6.0))]
+    assert [row["step"] for row in rows] == list(range(10, 110, 10))
+    assert [row["train/loss"] for row in rows] == [3.0] * 10
+    assert rows[-1]["comm/bytes"] == 10 * 3 * 8.0
+    assert merger.flush() == []
+
+
+def test_what_still_waits_at_the_end_is_one_row_per_version():
+    merger = ReportMerger(2, is_synchronous=True)
+    for version in (10, 20):
+        assert merger.add(report(0, version)) == []
+    (row,) = merger.add(report(1, 10, 3.0))
+    assert (row["step"], row["train/loss"]) == (10, 2.0)
+    (rest,) = merger.flush()
+    assert (rest["step"], rest["train/loss"]) == (20, 1.0)
+    assert merger.flush() == []
+
+
+def test_after_a_recovery_versions_are_collected_anew():
+    merger = ReportMerger(2, is_synchronous=True)
+    merger.add(report(0, 20, 9.0))
+    merger.restore(10, [])
+    assert merger.add(report(1, 20)) == []
+    (row,) = merger.add(report(0, 20))
+    assert row["train/loss"] == 1.0
+
+
+def test_an_asynchronous_rank_that_is_far_behind_does_not_hold_the_others_up():
+    merger = ReportMerger(2, is_synchronous=False)
+    rows = [row for version in range(10, 60, 10) for row in merger.add(report(0, version))]
+    assert [row["step"] for row in rows] == [10, 20]
+    (row,) = merger.add(report(1, 35, 3.0))
+    assert row["train/loss"] == pytest.approx(2.0)
