@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distml.errors import UsageError
+from distml.errors import RunError, UsageError
 from distml.events import Event, Failed
 from distml.exchange.channel import Head, PeerLost, Reply
 from distml.exchange.flat import from_numpy, to_numpy
@@ -381,8 +381,12 @@ class InlineRuntime:
         """In one part per worker, added up in rank order, as on Ray."""
         sums: dict[str, tuple[float, float]] = {}
         for rank, trainer in enumerate(self.trainers):
-            trainer.load_for_test(tensors)
-            add_means(sums, trainer.evaluate_part(split, rank, self.size))
+            try:
+                trainer.load_for_test(tensors)
+                add_means(sums, trainer.evaluate_part(split, rank, self.size))
+            except Exception as error:
+                step = trainer.strategy.progress.version
+                raise RunError(describe(error), role=f"rank {rank}", phase=f"evaluate {split}", step=step) from error
         return sums
 
     def close(self) -> None:

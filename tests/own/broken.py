@@ -80,6 +80,11 @@ class EvaluateRaises(Small):
         raise KeyError("accuracy")
 
 
+class NoTestSplit(Small):
+    def data(self, split: str) -> tuple:
+        return {"train": super().data, "validation": super().data}[split](split)
+
+
 class EvaluateFloat(Small):
     def evaluate(self, model: nn.Module, part: distml.Part, progress: distml.Progress) -> dict:
         return {"loss": 0.5}

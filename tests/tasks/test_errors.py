@@ -95,6 +95,15 @@ def test_evaluations_that_fail_name_the_phase(tmp_path, name, message, strategy)
     assert result(tmp_path)["checkpoint"] == "checkpoints/step-00000008"
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_test_evaluation_that_fails_is_the_tasks_failure(tmp_path, workers):
+    with pytest.raises(RunError) as caught:
+        run(tmp_path, own("NoTestSplit"), workers, steps=4)
+    assert (caught.value.role, caught.value.phase, caught.value.step) == ("rank 0", "evaluate test", 4)
+    assert str(caught.value).startswith("rank 0, evaluate test, step 4: KeyError: 'test' (broken.py:")
+    assert result(tmp_path)["checkpoint"] == "checkpoints/step-00000004"
+
+
 @pytest.mark.parametrize("strategy", [ONE, {"name": "parameter_server", "mode": "async"}])
 def test_a_goal_that_is_never_reported_is_said_at_the_first_evaluation(tmp_path, strategy):
     goal = {"metric": "eval/acuracy", "at_least": 0.5}
