@@ -375,10 +375,10 @@ class RayRuntime:
         """
         roles, self.lost = list(self.lost), {}
         self.injections = without_spent(self.injections, roles)
+        only_workers = all(role.startswith("rank") for role in roles)
         try:
-            if all(role.startswith("rank") for role in roles) and not self._needs_everyone:
-                if all([self._rejoin(int(role.split()[1]), cut) for role in roles]):
-                    return False
+            if only_workers and not self._needs_everyone and self._all_rejoin(roles, cut):
+                return False
             self._go_back(cut)
         except ProcessLostError as again:
             for role in roles:
@@ -387,6 +387,10 @@ class RayRuntime:
             self._mark_lost(again.role, again.cause)
             self.lost.setdefault(again.role, again.cause)
         return True
+
+    def _all_rejoin(self, roles: list[str], cut: Cut | None) -> bool:
+        rejoined = [self._rejoin(int(role.split()[1]), cut) for role in roles]
+        return all(rejoined)
 
     def _living(self, role: str) -> dict[int, Any]:
         return self.workers if role.startswith("rank") else self.servers
@@ -606,8 +610,11 @@ def check_resources(job: JobSpec, private: bool) -> None:
         slots = [int(node.get(name, 0.0) // amount) for node in nodes]
         if resources.workers > (max(slots) if resources.placement == "strict_pack" else sum(slots)):
             where = "on one node " if resources.placement == "strict_pack" else ""
-            raise UsageError(f"the job asks for {resources.workers} workers with {amount:g} {name}s each {where}"
-                             f"({resources.placement}); the nodes have {[node.get(name, 0.0) for node in nodes]}")  # fmt: skip
+            there = [node.get(name, 0.0) for node in nodes]
+            raise UsageError(
+                f"the job asks for {resources.workers} workers with {amount:g} {name}s each {where}"
+                f"({resources.placement}); the nodes have {there}"
+            )
     if resources.placement == "strict_spread" and resources.workers > len(nodes):
         raise UsageError(f"strict_spread asks for {resources.workers} nodes, the cluster has {len(nodes)}")
 

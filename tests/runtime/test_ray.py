@@ -121,6 +121,40 @@ def test_a_synchronous_run_that_loses_a_process_ends_as_if_it_had_not(name, inje
     assert rows(tmp_path / "run") == rows(undisturbed[name])
 
 
+@pytest.mark.parametrize("name", ["all_reduce", "served"])
+def test_a_death_before_the_first_snapshot_begins_anew(name, undisturbed, tmp_path):
+    strategy = SERVED if name == "served" else name
+    result = run(tmp_path / "run", strategy=strategy, inject=["kill:rank=1,step=5"])
+    assert result.metrics["runtime/restarts"] == 1
+    assert_same(weights(tmp_path / "run"), weights(undisturbed[name]))
+
+
+def test_two_deaths_at_once(undisturbed, tmp_path):
+    inject = ["kill:rank=1,step=34", "kill:server=0,step=34"]
+    result = run(tmp_path / "run", strategy=SERVED, inject=inject)
+    assert result.status == "done"
+    assert_same(weights(tmp_path / "run"), weights(undisturbed["served"]))
+
+
+@pytest.mark.parametrize("version", [30, 60])
+def test_an_evaluator_that_dies_loses_neither_its_checkpoint_nor_the_last_one(version, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1] / "own")
+    task = {"name": "mortal:Mortal", "args": {"marker": str(tmp_path / "died"), "version": version}}
+    keep = {"every": 30, "keep": 5, "best": {"metric": "eval/loss", "mode": "min"}}
+    result = run(tmp_path / "run", task=task, strategy={"name": "parameter_server", "mode": "async"}, checkpoint=keep,
+                 optimizer={"name": "sgd", "lr": 0.01})  # fmt: skip
+    assert (result.status, result.step, result.metrics["runtime/restarts"]) == ("done", 60, 1)
+    assert {30, 60} <= set(CheckpointStore(tmp_path / "run" / "checkpoints", 1).steps())
+    assert [row["step"] for row in rows(tmp_path / "run") if "eval/loss" in row][-1] == 60
+    assert "test/loss" in result.metrics
+
+
+def test_an_evaluation_without_the_goals_metric_ends_the_run_and_hangs_nothing(tmp_path):
+    goal = {"metric": "eval/acuracy", "at_least": 0.9}
+    with pytest.raises(RunError, match=r"does not report 'eval/acuracy'.*eval/accuracy"):
+        run(tmp_path / "run", strategy={"name": "parameter_server", "mode": "async"}, stop={"steps": 60, "goal": goal})
+
+
 def test_an_asynchronous_worker_that_dies_rejoins(tmp_path):
     notes = Notes()
     strategy = {"name": "parameter_server", "mode": "async"}
