@@ -29,7 +29,7 @@ from distml.spec.schema import JobSpec
 from distml.strategies.agenda import crossed
 from distml.strategies.base import Meter, seed_everything
 from distml.strategies.build import build_strategy
-from distml.tasks.base import Mean, Part, Stream, Task
+from distml.tasks.base import Mean, Part, Stream, Task, as_means
 from distml.tasks.build import describe
 from distml.tasks.data import (
     Batch,
@@ -208,14 +208,7 @@ class Trainer:
         finally:
             self.model.train()
             set_random_states(states)
-        if not isinstance(means, Mapping):
-            raise TypeError(f"evaluate must return a dict of distml.Mean(total, count), not {type(means).__name__}")
-        for name, mean in means.items():
-            if not isinstance(mean, Mean):
-                raise TypeError(
-                    f"evaluate must return distml.Mean(total, count) values; {name!r} is {type(mean).__name__}"
-                )
-        return means
+        return as_means(means, "what evaluate returns")
 
     # ----------------------------------------------------------------------------------------------------------- state
     def _snapshot(self, checkpoint: bool, evaluated: bool) -> Snapshot:

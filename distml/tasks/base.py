@@ -164,10 +164,12 @@ def as_loss(value: Loss | Tensor, batch: Batch, method: str) -> Loss:
     """What a loss method returned as a `Loss`.
 
     Raises:
-        TypeError: it is neither a `Loss` nor a scalar tensor.
+        TypeError: it is neither a `Loss` nor a scalar tensor, or what it holds is of a wrong type.
+        ValueError: its count is negative or not finite.
     """
     if isinstance(value, Loss):
-        loss = value
+        metrics = as_means(value.metrics, f"the metrics of {method}")
+        loss = Loss(value.total, as_number(value.count, f"the count of {method}"), metrics)
     elif isinstance(value, Tensor):
         count = length(batch)
         loss = Loss(value * count if value.ndim == 0 else value, count)
@@ -176,4 +178,41 @@ def as_loss(value: Loss | Tensor, batch: Batch, method: str) -> Loss:
     if not isinstance(loss.total, Tensor) or loss.total.ndim != 0:
         shape = tuple(loss.total.shape) if isinstance(loss.total, Tensor) else type(loss.total).__name__
         raise TypeError(f"{method} must return a scalar, not {shape}; return its mean, or distml.Loss(sum, count)")
+    if not (math.isfinite(loss.count) and loss.count >= 0):
+        raise ValueError(f"the count of {method} is {loss.count:g}; it is how many examples the sum is over")
     return loss
+
+
+def as_means(values: object, what: str) -> dict[str, Mean]:
+    """Named means with plain numbers in them; tensors of one element are numbers.
+
+    Raises:
+        TypeError: it is not a dict of `Mean`s.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} must be a dict of distml.Mean(total, count), not {type(values).__name__}")
+    means = {}
+    for name, mean in values.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{what} must be named by text, not {name!r}")
+        if not isinstance(mean, Mean):
+            raise TypeError(f"{what} must be distml.Mean(total, count) values; {name!r} is {type(mean).__name__}")
+        where = f"{name!r} in {what}"
+        means[name] = Mean(
+            as_number(mean.total, f"the total of {where}"), as_number(mean.count, f"the count of {where}")
+        )
+    return means
+
+
+def as_number(value: object, what: str) -> float:
+    """A number, or a tensor or array of one element, as a float.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        shape = getattr(value, "shape", None)
+        kind = type(value).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
+        raise TypeError(f"{what} must be a number, not {kind}") from None

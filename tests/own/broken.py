@@ -75,6 +75,41 @@ class NaN(Small):
         return distml.Loss(loss.total * float("nan"), loss.count) if progress.version >= self.step else loss
 
 
+class Counts(Small):
+    """The count is not one."""
+
+    def __init__(self, count: str) -> None:
+        super().__init__()
+        self.count = {"vector": torch.ones(2), "nan": float("nan"), "negative": -1}[count]
+
+    def loss(self, model: nn.Module, batch: tuple, progress: distml.Progress) -> distml.Loss:
+        return distml.Loss(super().loss(model, batch, progress).total, self.count)
+
+
+class Metrics(Small):
+    """A metric is no mean."""
+
+    def __init__(self, metric: str) -> None:
+        super().__init__()
+        self.metric = {"tensor": torch.ones(()), "float": 0.5, "vector": distml.Mean(torch.ones(2), 1)}[metric]
+
+    def loss(self, model: nn.Module, batch: tuple, progress: distml.Progress) -> distml.Loss:
+        loss = super().loss(model, batch, progress)
+        return distml.Loss(loss.total, loss.count, {"m": self.metric})
+
+
+class Tensors(Small):
+    """Counts and means are tensors: nothing is wrong with that."""
+
+    def loss(self, model: nn.Module, batch: tuple, progress: distml.Progress) -> distml.Loss:
+        total, count = super().loss(model, batch, progress).total, torch.ones(len(batch[1])).sum()
+        return distml.Loss(total, count, {"again": distml.Mean(total, count)})
+
+    def evaluate(self, model: nn.Module, part: distml.Part, progress: distml.Progress) -> dict[str, distml.Mean]:
+        loss = self.loss(model, part.data(), progress)
+        return {"loss": distml.Mean(loss.total, loss.count)}
+
+
 class EvaluateRaises(Small):
     def evaluate(self, model: nn.Module, part: distml.Part, progress: distml.Progress) -> dict:
         raise KeyError("accuracy")

@@ -44,6 +44,12 @@ def own(name: str, **args) -> dict:
     (own("Vector"), r"loss must return a scalar, not \(\d+,\); return its mean"),
     (own("Number"), "loss must return a scalar tensor or a distml.Loss, not float"),
     (own("NaN", step=0), "loss is nan"),
+    (own("Counts", count="vector"), r"the count of loss must be a number, not Tensor of shape \(2,\)"),
+    (own("Counts", count="nan"), "the count of loss is nan; it is how many"),
+    (own("Counts", count="negative"), "the count of loss is -1; it is how many"),
+    (own("Metrics", metric="tensor"), r"the metrics of loss must be distml.Mean\(total, count\) values; 'm' is Tensor"),
+    (own("Metrics", metric="float"), r"the metrics of loss must be distml.Mean\(total, count\) values; 'm' is float"),
+    (own("Metrics", metric="vector"), r"the total of 'm' in the metrics of loss must be a number, not Tensor of shape"),
     (own("Raises", rank=0, step=0), r"ZeroDivisionError.*\(broken.py:\d+\)"),
 ])  # fmt: skip
 def test_what_is_found_before_the_first_update_is_a_usage_error_of_one_line(tmp_path, task, message, workers):
@@ -51,6 +57,18 @@ def test_what_is_found_before_the_first_update_is_a_usage_error_of_one_line(tmp_
         run(tmp_path, task, workers)
     assert "\n" not in str(caught.value)
     assert result(tmp_path)["status"] == "failed" if (tmp_path / "run" / "result.json").exists() else True
+
+
+@pytest.mark.parametrize("strategy", ["all_reduce", "parameter_server"])
+def test_counts_and_means_may_be_tensors(tmp_path, strategy):
+    """As sums of masks are; metrics with gradients are let go of."""
+    changes = {"strategy": {"name": strategy}, "steps": 6, "log": {"every": 2, "to": []},
+               "checkpoint": {"every": 3}, "evaluate": {"every": 3}}  # fmt: skip
+    found = run(tmp_path, own("Tensors"), 2, **changes)
+    plain = run(tmp_path / "plain", "small:Small", 2, **changes)
+    assert found.metrics["train/loss"] == plain.metrics["train/loss"]
+    assert found.metrics["eval/loss"] == plain.metrics["eval/loss"]
+    assert found.metrics["train/again"] == pytest.approx(found.metrics["train/loss"])
 
 
 def test_models_that_differ_from_rank_to_rank_are_refused(tmp_path):
@@ -83,8 +101,8 @@ def test_a_failed_run_goes_on_from_its_checkpoint_once_the_cause_is_gone(tmp_pat
 
 @pytest.mark.parametrize(("name", "message"), [
     ("EvaluateRaises", r"KeyError: 'accuracy' \(broken.py:\d+\)"),
-    ("EvaluateFloat", r"evaluate must return distml.Mean\(total, count\) values; 'loss' is float"),
-    ("EvaluateNumber", "evaluate must return a dict"),
+    ("EvaluateFloat", r"what evaluate returns must be distml.Mean\(total, count\) values; 'loss' is float"),
+    ("EvaluateNumber", "what evaluate returns must be a dict"),
 ])  # fmt: skip
 @pytest.mark.parametrize("strategy", ["single", "async"])
 def test_evaluations_that_fail_name_the_phase(tmp_path, name, message, strategy):
