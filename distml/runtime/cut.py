@@ -7,6 +7,7 @@ depends on how many workers or servers wrote it. No torch here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from distml.exchange.layout import Array, Layout
 from distml.runs.checkpoints import Checkpoint
 
 ARRAY = "__array__"
+FLOAT = "__float__"  # of a float that JSON does not know: nan, inf, -inf
 
 
 @dataclass
@@ -53,7 +55,7 @@ def to_checkpoint(cut: Cut, layout: Layout, frozen: Mapping[str, Array], extra: 
     arrays: dict[str, Array] = {}
     halves = {rank: without_carried(half) if cut.averaged else half for rank, half in sorted(cut.own.items())}
     own = {str(rank): pack(half, f"{rank}", arrays) for rank, half in halves.items()}
-    state = {"clock": shared["clock"], "own": own, "layout": layout.to_json(), **extra}
+    state = {"clock": pack(shared["clock"], "clock", arrays), "own": own, "layout": layout.to_json(), **extra}
     tensors = {"model": model, "optimizer": optimizer, "own": arrays}
     return Checkpoint(cut.version, tensors, state)
 
@@ -72,15 +74,16 @@ def from_checkpoint(checkpoint: Checkpoint, layout: Layout) -> Cut:
                 f"checkpoint step-{checkpoint.step:08d} is of another model: {entry.name} {found}, {entry.shape} here; "
                 "use --out for a new run, --fresh to move the old one away, or init: {from: ...}"
             )
+    arrays = checkpoint.tensors.get("own", {})
     names = {entry.name for entry in layout.entries}
     moments = sorted({name.split("/", 1)[0] for name in optimizer})
     shared = {
         "weights": layout.flatten(model),
         "moments": {m: layout.flatten({n: optimizer[f"{m}/{n}"] for n in names}) for m in moments},
         "carried": {name: array for name, array in model.items() if name not in names},
-        "clock": state["clock"],
+        "clock": unpack(state["clock"], arrays),
     }
-    own = {int(rank): unpack(half, checkpoint.tensors.get("own", {})) for rank, half in state["own"].items()}
+    own = {int(rank): unpack(half, arrays) for rank, half in state["own"].items()}
     return Cut(checkpoint.step, shared, own)
 
 
@@ -103,7 +106,9 @@ def pack(tree: Any, path: str, arrays: dict[str, Array]) -> Any:
     if isinstance(tree, (list, tuple)):
         return [pack(value, f"{path}/{index}", arrays) for index, value in enumerate(tree)]
     if isinstance(tree, np.generic):
-        return tree.item()
+        tree = tree.item()
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return {FLOAT: repr(float(tree))}
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree
     raise TypeError(f"state at {path!r} is a {type(tree).__name__}; only JSON values, tensors and arrays can be saved")
@@ -114,5 +119,7 @@ def unpack(tree: Any, arrays: Mapping[str, Array]) -> Any:
     if isinstance(tree, Mapping):
         if set(tree) == {ARRAY}:
             return arrays[tree[ARRAY]]
+        if set(tree) == {FLOAT}:
+            return float(tree[FLOAT])
         return {key: unpack(value, arrays) for key, value in tree.items()}
     return [unpack(value, arrays) for value in tree] if isinstance(tree, list) else tree
