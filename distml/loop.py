@@ -37,7 +37,6 @@ from distml.tasks.data import (
     DatasetStream,
     check_dataset,
     length,
-    map_tensors,
     micro_batches,
     mix,
     to_device,
@@ -228,7 +227,7 @@ class Trainer:
         stream = self.stream.state()
         meter = self.strategy.meter
         return {
-            "stream": BEGINS_ANEW if stream is None else map_tensors(stream, lambda t: {TENSOR: to_numpy(t).copy()}),
+            "stream": BEGINS_ANEW if stream is None else savable(stream, "the stream's state()"),
             "random": random_states(),
             "carried": self.strategy.carried.arrays(),
             "since_average": self.strategy.since_average,
@@ -252,7 +251,11 @@ class Trainer:
         if own["stream"] == BEGINS_ANEW:
             self.stream, _ = self._build_stream()
         else:
-            self.stream.load_state(restore_tensors(own["stream"]))
+            try:
+                self.stream.load_state(restore_tensors(own["stream"]))
+            except Exception as error:
+                cause = f"rank {self.rank}: its stream cannot go on from the state that it gave: {describe(error)}"
+                raise UsageError(cause) from error
         set_random_states(own["random"])
         strategy.carried.load(own["carried"])
         strategy.since_average, strategy.train_seconds = own["since_average"], own["train_seconds"]
@@ -275,8 +278,31 @@ def failure(trainer: Trainer, error: Exception) -> Failed:
     return Failed(trainer.rank, version, trainer.activity, describe(error), text)
 
 
+def savable(tree: Any, place: str) -> Any:
+    """A copy of a stream's state for a checkpoint: tensors are marked, tuples become lists as they do in JSON.
+
+    Raises:
+        TypeError: something in it cannot be saved; named by its place.
+    """
+    if isinstance(tree, Mapping):
+        for key in tree:
+            if not isinstance(key, str):
+                raise TypeError(f"{place} has the key {key!r}; keys must be text")
+        return {key: savable(value, f"{place}[{key!r}]") for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [savable(value, f"{place}[{index}]") for index, value in enumerate(tree)]
+    if isinstance(tree, torch.Tensor) and tree.layout == torch.strided and not tree.is_complex():
+        return {TENSOR: to_numpy(tree).copy()}
+    if isinstance(tree, (np.ndarray, np.generic)) and tree.dtype.kind in "biuf" and tree.dtype.itemsize <= 8:
+        return tree.copy() if isinstance(tree, np.ndarray) else tree.item()
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    kind = f" of {tree.dtype}" if isinstance(tree, (torch.Tensor, np.ndarray)) else ""
+    raise TypeError(f"{place} is a {type(tree).__name__}{kind}; only JSON values, tensors and arrays can be saved")
+
+
 def restore_tensors(tree: Any) -> Any:
-    """The inverse of what `own_state` does to a stream's tensors."""
+    """The inverse of what `savable` does to tensors."""
     if isinstance(tree, Mapping):
         if set(tree) == {TENSOR}:
             return from_numpy(np.array(tree[TENSOR]))

@@ -135,6 +135,40 @@ def test_a_best_metric_that_is_never_reported_is_said_too(tmp_path):
         run(tmp_path, "small:Small", checkpoint={"best": best}, evaluate={"every": 5})
 
 
+# --------------------------------------------------------------------------------------------------- a stream's state
+def stateful(**args) -> dict:
+    return {"name": "stateful:Stateful", "args": args}
+
+
+@pytest.mark.parametrize(("state", "message"), [
+    ("set", "the stream's state()['a'][1]['b'] is a set; only JSON values, tensors and arrays can be saved"),
+    ("generator", "the stream's state()['generator'] is a Generator; only"),
+    ("key", "the stream's state()['seen'] has the key 3; keys must be text"),
+    ("objects", "the stream's state()['names'] is a ndarray of object; only"),
+    ("text array", "the stream's state()['names'] is a ndarray of <U1; only"),
+    ("complex", "the stream's state()['z'] is a Tensor of torch.complex64; only"),
+])  # fmt: skip
+def test_a_state_that_cannot_be_saved_names_its_place(tmp_path, state, message):
+    with pytest.raises(RunError) as caught:
+        run(tmp_path, stateful(state=state), 2, checkpoint={"every": 3})
+    assert (caught.value.role, caught.value.phase, caught.value.step) == ("rank 0", "checkpoint", 3)
+    assert f"TypeError: {message}" in str(caught.value)
+    assert result(tmp_path)["status"] == "failed"
+
+
+@pytest.mark.parametrize("bad_rank", [None, 1])
+def test_a_state_that_cannot_be_loaded_names_the_rank(tmp_path, bad_rank):
+    task = stateful(state="good", bad_rank=bad_rank)
+    run(tmp_path, task, 2, steps=4)
+    if bad_rank is None:
+        assert run(tmp_path, task, 2, steps=6).step == 6
+        return
+    with pytest.raises(
+        UsageError, match=r"^rank 1: its stream cannot go on .*KeyError: 'position' \(stateful.py:\d+\)"
+    ):
+        run(tmp_path, task, 2, steps=6)
+
+
 # ------------------------------------------------------------------------------------------------ own tasks, own files
 SIBLING = "WIDTH = 4\n"
 TASK = """
