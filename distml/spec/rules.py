@@ -81,6 +81,23 @@ def _needs(job: JobSpec, own_needs: frozenset[str] | None) -> Iterator[Problem]:
     reason = refusal(job.task.name, needs, strategy)
     if reason is not None:
         yield Problem(reason, (("strategy",), ("task",)))
+    if reason is None and "group_mean" in needs:
+        yield from _equal_micro_batches(job)
+
+
+def _equal_micro_batches(job: JobSpec) -> Iterator[Problem]:
+    """A collective in every micro-batch must be called equally often by every worker."""
+    workers, batch_size, size = job.resources.workers, job.batch_size, job.micro_batch_size
+    if size is None or batch_size < workers:
+        return
+    fewest, most = math.ceil(batch_size // workers / size), math.ceil(math.ceil(batch_size / workers) / size)
+    if fewest != most:
+        yield Problem(
+            f"task {job.task.name} needs group_mean in every micro-batch, but batch_size {batch_size} over {workers} "
+            f"workers in pieces of {size} is {most} micro-batches on some and {fewest} on others; "
+            "set batch_size to a multiple of the workers or change micro_batch_size",
+            (("micro_batch_size",),),
+        )
 
 
 def _batch(job: JobSpec) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from distml.errors import UsageError
 from distml.spec.loader import load_spec
 
 HEAD = "distml: v1\nname: x\ntask: classification\n"
@@ -114,3 +115,47 @@ def test_the_rules_let_pass_what_is_at_their_edge(keys):
     base = {"distml": "v1", "name": "x", "task": "regression", "stop": {"steps": 100}}
     loaded = load_spec({**base, **keys})
     assert loaded.job.name == "x"
+
+
+OWN = """import distml
+
+
+class Centred(distml.Task):
+    needs = frozenset({"group_mean"})
+
+
+class Plain(distml.Task):
+    needs = frozenset()
+
+
+class Unknown(distml.Task):
+    needs = Centred.needs
+"""
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "workers", "counts"),
+    [
+        (9, 4, 2, (2, 1)), (10, 3, 3, (2, 1)), (5, 1, 4, (2, 1)),  # refused
+        (9, 3, 2, None), (9, None, 2, None), (8, 2, 2, None), (10, 4, 3, None), (11, 2, 1, None),
+    ],
+)  # fmt: skip
+def test_a_collective_in_every_micro_batch_needs_equally_many_of_them(
+    tmp_path, monkeypatch, batch, micro, workers, counts
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN)
+
+    def spec(task: str, strategy: str = "all_reduce") -> dict:
+        return {"distml": "v1", "name": "x", "task": {"name": f"mine:{task}"}, "stop": {"steps": 1}, "strategy": strategy,
+                "batch_size": batch, "micro_batch_size": micro, "resources": {"workers": workers}}  # fmt: skip
+
+    for task in ("Plain", "Unknown"):
+        load_spec(spec(task), directory=tmp_path)
+    for strategy in ("all_reduce", "parameter_server"):
+        if counts is None:
+            load_spec(spec("Centred", strategy), directory=tmp_path)
+            continue
+        text = f"is {counts[0]} micro-batches on some and {counts[1]} on others; set batch_size to a multiple"
+        with pytest.raises(UsageError, match=text):
+            load_spec(spec("Centred", strategy), directory=tmp_path)
