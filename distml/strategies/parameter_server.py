@@ -84,6 +84,7 @@ class Clock:
         self.version, self.examples, self.number = 0, 0, 0
         self.finished: str | None = None
         self.computing: dict[int, int] = {}
+        self.joined: dict[int, int] = {}  # rank -> ticket it joined with; gradients of others are of the dead
         self.held: list[Head] = []
         self.arrived: dict[tuple[int, int], set[int]] = {}
         self.heads: dict[tuple[int, int], Head] = {}
@@ -95,12 +96,14 @@ class Clock:
     def begin(self, ranks: list[int]) -> None:
         """These workers compute from the current version; before their first gradient nobody is applied alone."""
         self.computing = dict.fromkeys(ranks, self.version)
+        self.joined = dict.fromkeys(ranks, -1)
         self.held, self.arrived, self.heads = [], {}, {}
         self.evaluators, self.evaluation_waits = set(), False
 
     def _join(self, head: Head) -> Entry:
         """A worker pulls the current version and computes from it."""
         self.evaluators.discard(head.rank)
+        self.joined[head.rank] = head.ticket
         if self.finished is None:
             self.computing[head.rank] = self.version
         return self._answer([head])
@@ -108,6 +111,7 @@ class Clock:
     def leave(self, rank: int) -> list[Entry]:
         """A worker no longer computes: its unfinished gradients are dropped, and nobody waits for it."""
         self.computing.pop(rank, None)
+        self.joined.pop(rank, None)
         if rank in self.evaluators:
             self.evaluators.discard(rank)
             self.evaluation_waits = True
@@ -130,6 +134,8 @@ class Clock:
         head = self.heads.pop(key)
         if head.phase == PULL:
             return [self._join(head)]
+        if ticket < self.joined.get(rank, math.inf):
+            return []  # under way when its worker left: nobody awaits the answer
         self.computing.pop(rank, None)
         if head.carried is not None or head.integers:
             weight = self.carried[rank][2] if rank in self.carried else 0.0

@@ -124,6 +124,25 @@ def test_a_half_arrived_gradient_of_a_worker_that_leaves_is_dropped():
     assert ranks(workers.clock.arrive(0, 1, 0, other)) == [[1]]
 
 
+@pytest.mark.parametrize(("mode", "bound"), [("async", None), ("ssp", 1), ("sync", None)])
+def test_a_gradient_that_comes_after_its_worker_has_left_changes_nothing(mode, bound):
+    workers = Workers(mode, 3, bound=bound)
+    workers.clock.leave(2)
+    assert workers.push(2, count=9.0, carried=np.ones(2)) == []
+    assert (workers.clock.held, workers.clock.carried, sorted(workers.clock.computing)) == ([], {}, [0, 1])
+    late = workers.head(2)
+    for _ in range(3):  # nobody waits for it
+        entries = workers.push(0) + workers.push(1)
+        assert all(2 not in entry.replies for entry in entries)
+    before = workers.clock.version
+    assert before >= 3
+    assert ranks(workers.join(2)) == [[2]]
+    assert workers.clock.arrive(0, 2, late.ticket, late) == []  # nor is it taken for one of who came in its place
+    assert (workers.clock.held, workers.clock.version, workers.clock.computing[2]) == ([], before, before)
+    entries = workers.push(0) + workers.push(1) + workers.push(2)
+    assert any(2 in entry.replies for entry in entries)
+
+
 def test_a_pull_is_answered_in_the_order_of_the_updates():
     workers = Workers("ssp", 2, bound=0)
     workers.clock.leave(1)
