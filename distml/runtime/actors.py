@@ -201,8 +201,9 @@ class WorkerActor:
 
             listener = self.listener if self.rank == 0 else None
             timeout_s = max(60.0, 10 * self.job.limits.lost_after_s)
+            own_address = host if host == "127.0.0.1" else ray.util.get_node_ip_address()
             self.group = ProcessGroup(self.rank, self.job.resources.workers, host, port, listener, self.trainer.device,
-                                      timeout_s)  # fmt: skip
+                                      timeout_s, own_address)  # fmt: skip
         if servers:
             channel = RayChannel(servers, self.job, self.trainer.strategy.flat.layout, self.rank, generation)
         self.trainer.connect(self.group, channel)
