@@ -262,6 +262,7 @@ class ServerActor:
         self.job = JobSpec.model_validate_json(job_json, by_alias=True, by_name=False)
         self.index = index
         prepare_process(self.job)
+        import distml.strategies.parameter_server  # noqa: F401  (now, while the workers build the task)
         from distml.inject import Injector
 
         self.injector = Injector(injections, role="server", index=index)

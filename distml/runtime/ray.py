@@ -169,6 +169,8 @@ class RayRuntime:
                 raise ProcessLostError(role, self._cause(error), awaited) from None
             except PeerLost as error:
                 raise ProcessLostError(role, " ".join(str(error).split())[-200:], awaited) from None
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
         return answers
 
     @contextlib.contextmanager
