@@ -1,4 +1,4 @@
-"""Ray's token authentication, decided before ray is imported: its core reads the mode once, at import."""
+"""Who may reach a Ray of ours, decided before ray is imported: its core reads the token mode once, at import."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ def prepare_authentication(address: str | None) -> None:
 
     A private Ray gets token mode and a token that only this process and its children know. For an existing cluster
     the mode is token where a token is at hand (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), as Ray's
-    own head node decides. A mode that is set already stays.
+    own head node decides. A mode that is set already stays. A private Ray also listens on the loopback interface
+    only: Ray does so where it is told that the machine is no cluster's, as it takes for granted on a desktop's system.
     """
-    if "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:
+    if "ray" in sys.modules:
         return
-    if cluster_address(address) is None:
+    private = cluster_address(address) is None
+    if private:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    if private:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     elif {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or (Path.home() / ".ray" / "auth_token").exists():

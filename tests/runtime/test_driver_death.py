@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 LIMIT_S = 90.0
@@ -33,10 +34,18 @@ def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[str]) -> Non
     pytest.fail(f"the run did not reach step {steps}: {process.stdout.read() if process.poll() is not None else ''}")
 
 
+def listening_addresses(process: subprocess.Popen[str]) -> set[str]:
+    """Where the run and all that it has started listen."""
+    own = psutil.Process(process.pid)
+    found = [c for p in (own, *own.children(recursive=True)) for c in p.net_connections() if c.status == "LISTEN"]
+    return {connection.laddr.ip.removeprefix("::ffff:") for connection in found}
+
+
 def test_killed_then_interrupted_then_done(tmp_path):
     out = tmp_path / "run"
     first = start(out, *LONG)
     wait_for_steps(out, 120, first)
+    assert listening_addresses(first) == {"127.0.0.1"}
     first.kill()
     first.wait(LIMIT_S)
     assert json.loads((out / "result.json").read_text())["status"] == "running"

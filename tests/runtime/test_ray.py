@@ -31,7 +31,7 @@ SPEC = {
     "checkpoint": {"every": 30},
     "log": {"every": 10, "to": []},
     "resources": {"workers": 2},
-    "limits": {"heartbeat_s": 0.5, "lost_after_s": 3.0, "start_s": 60.0},
+    "limits": {"heartbeat_s": 0.5, "lost_after_s": 5.0, "start_s": 60.0},
 }
 TIMES = ("wall_s", "throughput/", "timing/", "memory/", "comm/")
 
