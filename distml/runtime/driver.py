@@ -283,7 +283,10 @@ class Driver:
         if self.cut is not None:
             self._remember(self.cut)
         from_version = self.cut.version if self.cut is not None else 0
-        went_back = self.group.recover(self.cut)
+        try:
+            went_back = self.group.recover(self.cut)
+        except UsageError as error:  # no place, no answer: what is a user's matter at the start is a failure now
+            raise RunError(f"{event.cause}; not recovered: {error}", role=event.role, step=self.version) from error
         self._forget_candidates(None if went_back else event.role)
         what = f"all go on from step {from_version}" if went_back else "the others went on; it rejoins"
         self.display.note(f"{event.role} was lost at step {self.version} ({event.cause}): {what} "

@@ -32,7 +32,7 @@ from distml.runtime.actors import ServerActor, WorkerActor, end_process
 from distml.runtime.authentication import STUCK_THREAD, cluster_address
 from distml.runtime.cut import Cut, join_captures
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
-from distml.runtime.oom import out_of_memory_kills
+from distml.runtime.deaths import cause_of_death, out_of_memory_kills
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import SNAPSHOT_EVERY
 from distml.tasks.sources import SourceTree
@@ -357,17 +357,8 @@ class RayRuntime:
 
     def _cause(self, error: Exception) -> str:
         """Why a process died, in one line."""
-        text = " ".join(str(error).split())
-        if "OutOfMemory" in type(error).__name__ or "memory monitor" in text or "running low on memory" in text:
-            return "out of memory: ended by Ray's memory monitor"
-        if out_of_memory_kills() > self.kills_before:
-            self.kills_before = out_of_memory_kills()
-            return "out of memory: killed by the kernel"
-        if "creation task" in text or "__init__" in text:
-            return text[:300]
-        if "connection error" in text or "SYSTEM_ERROR" in text:
-            return "the process was killed by a signal (such as SIGKILL) or crashed; see its file in logs/"
-        return text[:200]
+        before, self.kills_before = self.kills_before, out_of_memory_kills()
+        return cause_of_death(error, kernel_killed=self.kills_before > before)
 
     # -------------------------------------------------------------------------------------------------------- recovery
     def recover(self, cut: Cut | None) -> bool:
