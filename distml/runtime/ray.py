@@ -31,8 +31,8 @@ from distml.inject import Injection
 from distml.runtime.actors import ServerActor, WorkerActor, end_process
 from distml.runtime.authentication import STUCK_THREAD, cluster_address
 from distml.runtime.cut import Cut, join_captures
-from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
 from distml.runtime.deaths import cause_of_death, out_of_memory_kills
+from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import SNAPSHOT_EVERY
 from distml.tasks.sources import SourceTree
