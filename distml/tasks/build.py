@@ -9,7 +9,8 @@ import traceback
 from pathlib import Path
 
 from distml.errors import UsageError
-from distml.spec.schema import ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec
+from distml.spec.matrix import refusal
+from distml.spec.schema import ALL_OFFERS, ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec, StrategyBlock
 from distml.tasks.base import Task
 
 PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
@@ -19,11 +20,14 @@ def build_task(job: JobSpec) -> Task:
     """The task that a job names.
 
     Raises:
-        UsageError: an own task cannot be imported or constructed; one line with the file and line of the cause.
+        UsageError: an own task cannot be imported or constructed (one line with the file and line of the cause), or
+            needs what the strategy does not offer.
     """
     spec = job.task
     if isinstance(spec, OwnTaskSpec):
-        return build_own_task(spec)
+        task = build_own_task(spec)
+        check_needs(spec.name, frozenset(task.needs), job.strategy)
+        return task
     if isinstance(spec, RegressionSpec):
         from distml.tasks.regression import Regression
 
@@ -32,6 +36,20 @@ def build_task(job: JobSpec) -> Task:
 
     assert isinstance(spec, ClassificationSpec)
     return Classification(spec.data, spec.model, split_seed=job.seed)
+
+
+def check_needs(name: str, needs: frozenset[str], strategy: StrategyBlock) -> None:
+    """Hold a task's needs against the strategy, also those that it inherits or computes.
+
+    Raises:
+        UsageError: one is unknown or not offered.
+    """
+    unknown = sorted(needs - ALL_OFFERS)
+    if unknown:
+        raise UsageError(f"task {name!r} needs {unknown[0]!r}, which is none of {', '.join(sorted(ALL_OFFERS))}")
+    reason = refusal(repr(name), needs, strategy)
+    if reason is not None:
+        raise UsageError(reason)
 
 
 def build_own_task(spec: OwnTaskSpec) -> Task:
