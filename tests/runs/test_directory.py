@@ -69,7 +69,8 @@ def test_the_lock_ends_with_its_holder_however_that_ends(tmp_path, holder):
 
 def test_another_hosts_stale_note_does_not_block(tmp_path):
     (tmp_path / "lock").write_text('{"host": "elsewhere", "pid": 1}')
-    RunDirectory.open(tmp_path).close()
+    with RunDirectory.open(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
 def test_close_releases_and_open_excludes_within_one_process(tmp_path):

@@ -234,10 +234,11 @@ def test_a_reader_that_leaves_does_not_stop_the_run(monkeypatch):
         def write(self, text):
             raise BrokenPipeError
 
-    display = PlainDisplay("digits", "400 steps")
-    monkeypatch.setattr(sys, "stdout", Gone())
+    display, gone = PlainDisplay("digits", "400 steps"), Gone()
+    monkeypatch.setattr(sys, "stdout", gone)
     display.note("one")
     display.note("two")
+    assert gone.getvalue() == ""
 
 
 def live() -> tuple[LiveDisplay, io.StringIO]:
