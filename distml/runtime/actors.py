@@ -277,8 +277,8 @@ class ServerActor:
 
     async def build(
         self, layout: list[dict[str, Any]], agenda: dict[str, Any], phases: int, servers: list[Any]
-    ) -> None:
-        """Lay out the shard."""
+    ) -> tuple[str, int]:
+        """Lay out the shard; the node and process id of this server."""
         from distml.strategies.agenda import Agenda
         from distml.strategies.parameter_server import Clock, Shard
 
@@ -286,6 +286,7 @@ class ServerActor:
         plan = Agenda(self.job, **agenda)
         self.shard = Shard(self.job, Layout.from_json(layout), self.index, plan.budget_steps)
         self.clock = Clock(self.job, plan, phases)
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     async def load(
         self, weights: Array, moments: Mapping[str, Array], clock: Mapping[str, Any] | None, ranks: list[int]

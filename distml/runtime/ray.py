@@ -73,6 +73,7 @@ class RayRuntime:
         self.workers: dict[int, Any] = {}
         self.servers: dict[int, Any] = {}
         self.facts: dict[int, dict[str, Any]] = {}
+        self.places: dict[str, tuple[str, int]] = {}  # role -> node and process id
         self.streams: dict[int, Any] = {}
         self.pings: dict[str, tuple[Any, float]] = {}
         self.heard: dict[str, float] = {}
@@ -144,6 +145,7 @@ class RayRuntime:
             if "error" in facts:
                 raise UsageError(facts["error"])
             self.facts[rank] = facts
+            self.places[f"rank {rank}"] = facts["node"], facts["pid"]
         if len({facts["fingerprint"] for facts in self.facts.values()}) > 1:
             raise UsageError(DIFFERENT_MODELS)
         self.heard |= {f"rank {rank}": time.monotonic() for rank in ranks}
@@ -214,7 +216,8 @@ class RayRuntime:
     def _load_servers(self, cut: Cut | None) -> None:
         facts, handles = self.facts[0], [self.servers[index] for index in sorted(self.servers)]
         plan = (facts["layout"], facts["agenda"], facts["phases"], handles)
-        self._ask({f"server {i}": s.build.remote(*plan) for i, s in enumerate(handles)}, "its start")
+        places = self._ask({f"server {i}": s.build.remote(*plan) for i, s in enumerate(handles)}, "its start")
+        self.places |= {f"server {index}": place for index, place in enumerate(places)}
         if cut is not None:
             weights, moments, clock = cut.shared["weights"], cut.shared["moments"], cut.shared["clock"]
             state: tuple[Any, ...] = (ray.put(weights), ray.put(moments), clock)
@@ -329,7 +332,7 @@ class RayRuntime:
     def _mark_lost(self, role: str, cause: str) -> None:
         kind, index = role.split()
         self.broken.pop(role, None)
-        actor = (self.workers if kind == "rank" else self.servers).pop(int(index), None)
+        actor = self._living(role).pop(int(index), None)
         if actor is not None:
             ray.kill(actor, no_restart=True)  # unreachable is not always dead
         if kind == "rank":
@@ -345,13 +348,12 @@ class RayRuntime:
 
     def _end(self, role: str) -> None:
         """SIGKILL the process of `role`, on whatever node it runs."""
-        kind, index = role.split()
-        actor = (self.workers if kind == "rank" else self.servers).get(int(index))
-        facts = self.facts.get(int(index)) if kind == "rank" else None
-        if facts is not None:
-            place = NodeAffinitySchedulingStrategy(facts["node"], soft=False)
-            killer = ray.remote(num_cpus=0)(end_process).options(scheduling_strategy=place)
-            ray.wait([killer.remote(facts["pid"])], timeout=self.job.limits.heartbeat_s + 5.0)
+        if role in self.places:
+            node, pid = self.places.pop(role)
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            killer = ray.remote(num_cpus=0)(end_process).options(scheduling_strategy=there)
+            ray.wait([killer.remote(pid)], timeout=self.job.limits.heartbeat_s + 5.0)
+        actor = self._living(role).get(int(role.split()[1]))
         if actor is not None:
             ray.kill(actor, no_restart=True)
 

@@ -7,9 +7,11 @@ undisturbed one: that is the oracle, and the count of restarts shows that the de
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import distml
@@ -168,6 +170,8 @@ def test_an_asynchronous_worker_that_dies_rejoins(tmp_path):
 def test_ssp_survives_its_clock(tmp_path):
     strategy = {"name": "parameter_server", "mode": "ssp", "max_staleness": 2, "servers": 2}
     result = run(tmp_path / "run", strategy=strategy, inject=["stop:server=0,step=34"])
+    below = psutil.Process(os.getpid()).children(recursive=True)
+    assert [process.pid for process in below if process.status() == psutil.STATUS_STOPPED] == []
     assert (result.status, result.step, result.metrics["runtime/restarts"]) == ("done", 60, 1)
     assert all(row.get("staleness/max", 0) <= 2 for row in rows(tmp_path / "run"))
 
