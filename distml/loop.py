@@ -230,6 +230,7 @@ class Trainer:
             "stream": BEGINS_ANEW if stream is None else savable(stream, "the stream's state()"),
             "random": random_states(),
             "carried": self.strategy.carried.arrays(),
+            "strategy": self.strategy.own_state(),
             "since_average": self.strategy.since_average,
             "train_seconds": self.strategy.train_seconds,
             "meter": {**vars(meter), "means": {n: [m.total, m.count] for n, m in meter.means.items()}},
@@ -240,6 +241,7 @@ class Trainer:
         strategy = self.strategy
         strategy.load_shared(shared)
         strategy.meter = Meter()
+        strategy.load_own(own.get("strategy", {}) if own is not None else {})
         if own is None:
             rounds = strategy.progress.version if self.job.strategy.is_synchronous else (
                 strategy.progress.examples // self.job.batch_size)  # fmt: skip

@@ -21,8 +21,9 @@ MAX_SERVERS = 64
 
 TRANSPORTS: dict[str, tuple[str, ...]] = {
     "single": ("auto",),
-    "all_reduce": ("auto", "process_group"),
-    "parameter_server": ("auto", "object_store"),
+    "all_reduce": ("auto", "shared_memory", "process_group"),
+    "parameter_server": ("auto", "shared_memory", "object_store"),
+    "local_sgd": ("auto", "shared_memory", "process_group"),
 }
 
 
@@ -62,17 +63,38 @@ def _strategy(job: JobSpec) -> Iterator[Problem]:
                 "remove it or set mode: ssp",
                 (("strategy", "max_staleness"),),
             )
+        for key in ("prefetch", "staleness_scaling"):
+            if strategy.is_synchronous and getattr(strategy, key):
+                yield Problem(
+                    f"{key} is for modes async and ssp, the mode is sync; remove it or change the mode",
+                    (("strategy", key),),
+                )
         if strategy.servers > MAX_SERVERS:
             yield Problem(
                 f"strategy.servers is {strategy.servers}, at most {MAX_SERVERS} are possible; lower it",
                 (("strategy", "servers"),),
             )
+    yield from _transport(job)
+
+
+def _transport(job: JobSpec) -> Iterator[Problem]:
+    strategy, here = job.strategy, (("transport",),)
     fitting = TRANSPORTS[strategy.name]
     if job.transport not in fitting:
         yield Problem(
-            f"transport {job.transport} does not fit strategy {strategy.name}; use {' or '.join(fitting)}",
-            (("transport",),),
+            f"transport {job.transport} does not fit strategy {strategy.name}; use {' or '.join(fitting)}", here
         )
+    if job.transport != "shared_memory":
+        return
+    wire = fitting[-1]
+    if job.resources.gpus_per_worker:
+        yield Problem(f"transport shared_memory is for gradients on CPUs, not on GPUs; set {wire} or auto", here)
+    for key in ("compression", "prefetch"):
+        if getattr(strategy, key, None):
+            yield Problem(
+                f"strategy.{key} is for a wire, and shared_memory has none; remove it, or set transport to {wire}",
+                (("strategy", key), *here),
+            )
 
 
 def _needs(job: JobSpec, own_needs: frozenset[str] | None) -> Iterator[Problem]:

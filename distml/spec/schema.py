@@ -124,10 +124,46 @@ class SingleSpec(StrategyBlock):
     name: Literal["single"]
 
 
+class CompressionBlock(Block):
+    """What goes over the wire instead of float32 gradients; what is left out is added to the next ones."""
+
+    error_feedback: bool = Field(True, description="add what was not sent to the next gradient; false: it is lost")
+
+
+class BF16Spec(CompressionBlock):
+    """The upper half of every float32: 2 x fewer bytes."""
+
+    name: Literal["bf16"]
+
+
+class Int8Spec(CompressionBlock):
+    """Eight bits per element and one scale per 1,024 elements: almost 4 x fewer bytes."""
+
+    name: Literal["int8"]
+
+
+class TopKSpec(CompressionBlock):
+    """The largest elements with their places, with momentum correction (Lin et al. 2018)."""
+
+    name: Literal["topk"]
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.01, description="share of the elements that is sent")
+
+
+class PowerSGDSpec(CompressionBlock):
+    """Low-rank factors of each weight matrix's gradient (Vogels et al. 2019)."""
+
+    name: Literal["powersgd"]
+    rank: Count = Field(2, description="rank of the factors")
+
+
+CompressionSpec = Annotated[BF16Spec | Int8Spec | TopKSpec | PowerSGDSpec, Field(discriminator="name")]
+
+
 class AllReduceSpec(StrategyBlock):
-    """Every worker holds the weights and sums the gradients of all (torch.distributed)."""
+    """Every worker sums the gradients of all: in shared memory on one host, by torch.distributed between hosts."""
 
     name: Literal["all_reduce"]
+    compression: CompressionSpec | None = Field(None, description="bf16, int8, topk or powersgd: of what is sent")
 
 
 class ParameterServerSpec(StrategyBlock):
@@ -136,7 +172,13 @@ class ParameterServerSpec(StrategyBlock):
     name: Literal["parameter_server"]
     mode: Literal["sync", "async", "ssp"] = Field("sync", description="barrier, no wait, or bounded staleness")
     max_staleness: Annotated[int, Field(ge=0)] | None = Field(None, description="ssp only: the bound, in versions")
-    servers: Count = Field(1, description="processes that the weights are cut over")
+    servers: Count = Field(1, description="processes that the weights are cut over; none are started in shared memory")
+    server_placement: Literal["spread", "colocated"] = Field(
+        "spread", description="servers over all nodes in turn, or on the workers' nodes only"
+    )
+    compression: CompressionSpec | None = Field(None, description="bf16, int8, topk or powersgd: of what is pushed")
+    prefetch: bool = Field(False, description="async, ssp: pull while the next gradient is computed; costs one version")
+    staleness_scaling: bool = Field(False, description="async, ssp: a gradient's step is divided by max(1, staleness)")
 
     @property
     def offers(self) -> Offers:
@@ -151,7 +193,33 @@ class ParameterServerSpec(StrategyBlock):
         return f"{self.name}/{self.mode}"
 
 
-StrategySpec = Annotated[SingleSpec | AllReduceSpec | ParameterServerSpec, Field(discriminator="name")]
+class AverageSpec(Block):
+    """The outer update: the mean of the workers' weights."""
+
+    name: Literal["average"]
+
+
+class NesterovSpec(Block):
+    """The outer update of DiLoCo (Douillard et al. 2023): Nesterov's momentum on the mean difference of a round."""
+
+    name: Literal["nesterov"]
+    lr: Positive = 0.7
+    momentum: Fraction = 0.9
+
+
+class LocalSGDSpec(StrategyBlock):
+    """Every worker takes `inner_steps` steps of its own, then all take one outer update together."""
+
+    name: Literal["local_sgd"]
+    inner_steps: Count = Field(8, description="steps between two outer updates (a round)")
+    outer: Annotated[AverageSpec | NesterovSpec, Field(discriminator="name")] = AverageSpec(name="average")
+
+    @property
+    def offers(self) -> Offers:
+        return frozenset({"whole_weights"})
+
+
+StrategySpec = Annotated[SingleSpec | AllReduceSpec | ParameterServerSpec | LocalSGDSpec, Field(discriminator="name")]
 
 
 # ----------------------------------------------------------------------------------------------------------- optimisers
@@ -310,7 +378,9 @@ class JobSpec(Block):
     resources: ResourcesSpec = ResourcesSpec()
     limits: LimitsSpec = LimitsSpec()
     inline: InlineSpec = InlineSpec()
-    transport: Literal["auto", "object_store", "process_group"] = Field(
-        "auto", description="auto: process_group for all_reduce, object_store for parameter_server"
+    transport: Literal["auto", "shared_memory", "object_store", "process_group"] = Field(
+        "auto",
+        description="auto: shared_memory where workers share a host; else process_group, "
+        "or object_store for parameter_server",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -273,6 +273,13 @@ class Strategy(ABC):
         """The shared half (copies): weights, moments, carried and frozen tensors, clock; None: servers have it."""
         return None
 
+    def own_state(self) -> dict[str, Any]:
+        """What this worker alone has besides its stream (residuals of a compression): JSON values and arrays (copies)."""
+        return {}
+
+    def load_own(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """The inverse of `own_state`; an empty state is a worker that is new."""
+
     def load_weights(self, weights: Array, carried: Mapping[str, Array]) -> None:
         """Overwrite the replica."""
         with torch.no_grad():
