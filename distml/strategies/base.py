@@ -274,7 +274,7 @@ class Strategy(ABC):
         return None
 
     def own_state(self) -> dict[str, Any]:
-        """What this worker alone has besides its stream (residuals of a compression): JSON values and arrays (copies)."""
+        """What this worker alone has besides its stream, such as residuals: JSON values and arrays (copies)."""
         return {}
 
     def load_own(self, state: Mapping[str, Any]) -> None:  # noqa: B027
