@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distml.exchange.channel import Head, Reply
-    from distml.strategies.parameter_server import Entry
+    from distml.strategies.shard import Entry
 
 
 def open_log(directory: str, name: str) -> None:
@@ -74,7 +74,7 @@ class RayChannel:
     def exchange(self, head: Head, gradient: Tensor, weights: Tensor) -> Reply:
         """Push one slice to each server, wait until the gradient is applied, pull one slice from each."""
         from distml.exchange.flat import to_numpy
-        from distml.strategies.parameter_server import shard_slice
+        from distml.strategies.shard import shard_slice
 
         head.ticket += self.generation * 10**9
         whole = to_numpy(gradient)
@@ -280,11 +280,13 @@ class ServerActor:
     ) -> tuple[str, int]:
         """Lay out the shard; the node and process id of this server."""
         from distml.strategies.agenda import Agenda
-        from distml.strategies.parameter_server import Clock, Shard
+        from distml.strategies.parameter_server import Clock
+        from distml.strategies.shard import Shard
 
         self.servers = servers
         plan = Agenda(self.job, **agenda)
-        self.shard = Shard(self.job, Layout.from_json(layout), self.index, plan.budget_steps)
+        index = Layout.from_json(layout)
+        self.shard = Shard(self.job, index, index.shard(self.index, len(servers)), plan.budget_steps)
         self.clock = Clock(self.job, plan, phases)
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
@@ -398,11 +400,11 @@ class ServerActor:
         self.shard.apply(entry, norm)
         self.applied = entry.number
         weights = to_numpy(self.shard.weights).copy()
-        for rank, ticket in entry.members:
-            entry.replies[rank].grad_norm = norm
-            answer = self.waiting.pop((rank, ticket), None)
+        for member, reply in entry.replies.items():
+            reply.grad_norm = norm
+            answer = self.waiting.pop(member, None)
             if answer is not None and not answer.done():
-                answer.set_result((entry.replies[rank], weights))
+                answer.set_result((reply, weights))
 
     # ------------------------------------------------------------------------------------------------------ membership
     async def leave(self, rank: int) -> tuple[str | None, int]:

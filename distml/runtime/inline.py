@@ -29,7 +29,8 @@ from distml.runtime.cut import Cut, join_captures
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda
-from distml.strategies.parameter_server import Clock, Entry, Shard
+from distml.strategies.parameter_server import Clock
+from distml.strategies.shard import Entry, Shard
 from distml.tasks.base import Mean
 from distml.tasks.build import build_task, describe
 from distml.tasks.data import mix
@@ -178,7 +179,8 @@ class InlineServers:
     def __init__(self, job: JobSpec, layout: Layout, agenda: Agenda, num_phases: int) -> None:
         assert isinstance(job.strategy, ParameterServerSpec)
         self.clock = Clock(job, agenda, num_phases)
-        self.shards = [Shard(job, layout, index, agenda.budget_steps) for index in range(job.strategy.servers)]
+        ranges = [layout.shard(index, job.strategy.servers) for index in range(job.strategy.servers)]
+        self.shards = [Shard(job, layout, own, agenda.budget_steps) for own in ranges]
         self.replies: dict[tuple[int, int], tuple[Reply, Tensor]] = {}
 
     def load(self, weights: Tensor, moments: Mapping[str, Tensor], clock: Mapping[str, Any] | None) -> None:
@@ -202,9 +204,9 @@ class InlineServers:
             for shard in self.shards:
                 shard.apply(entry, norm)
             weights = self.weights()
-            for rank, ticket in entry.members:
-                entry.replies[rank].grad_norm = norm
-                self.replies[rank, ticket] = entry.replies[rank], weights
+            for member, reply in entry.replies.items():
+                reply.grad_norm = norm
+                self.replies[member] = reply, weights
 
     def weights(self) -> Tensor:
         """All shards' weights (a copy)."""

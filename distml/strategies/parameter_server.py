@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,41 +29,12 @@ from torch import Tensor
 
 from distml.exchange.channel import PULL, Channel, Group, Head, Reply
 from distml.exchange.flat import TAIL, from_numpy, to_numpy
-from distml.exchange.layout import Array, Layout
+from distml.exchange.layout import Array
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda, crossed
 from distml.strategies.base import Strategy
-from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
-
-
-@dataclass
-class Entry:
-    """One ordered update; or (`dropped`) an answer in its place: to who joins, or whose gradient comes after the end.
-
-    Attributes:
-        number: position in the order; shards apply entries in it, without gaps.
-        members: (rank, ticket) of the gradients, in rank order: sums are taken in this order.
-        count: what their sum is over: examples, tokens or frames.
-        rows: examples that they came from.
-        version: of the weights before.
-        capture: keep the shard's state after this entry under the new version.
-        clock: the clock's state after it, if it is captured.
-        lasting: somebody will come for the capture, maybe late: it is evaluated, or becomes a checkpoint.
-    """
-
-    number: int
-    phase: int
-    members: list[tuple[int, int]]
-    count: float
-    rows: float
-    version: int
-    last_phase: bool
-    needs_norm: bool = False
-    capture: bool = False
-    clock: dict[str, Any] | None = None
-    lasting: bool = False
-    dropped: bool = False
-    replies: dict[int, Reply] = field(default_factory=dict)
+from distml.strategies.optimizer import block_square_norms, clip_scale
+from distml.strategies.shard import Entry
 
 
 class Clock:
@@ -140,6 +110,7 @@ class Clock:
         if head.carried is not None or head.integers:
             weight = self.carried[rank][2] if rank in self.carried else 0.0
             self.carried[rank] = (head.carried, head.integers, weight + head.count)
+            head.carried, head.integers = None, {}
         self.held.append(head)
         return self._release()
 
@@ -172,7 +143,7 @@ class Clock:
         entry = self._entry(heads[0].phase, heads)
         entry.dropped = True
         for head in heads:
-            entry.replies[head.rank] = Reply(self.version, self.examples, finished=self.finished)
+            entry.replies[head.rank, head.ticket] = Reply(self.version, self.examples, finished=self.finished)
         return entry
 
     def _entry(self, phase: int, heads: list[Head]) -> Entry:
@@ -202,7 +173,7 @@ class Clock:
                           finished=self.finished, duties=own)  # fmt: skip
             if own and not self.is_sync:
                 reply.carried, reply.integers = self._average_carried()
-            entry.replies[head.rank] = reply
+            entry.replies[head.rank, head.ticket] = reply
             if "evaluate" in own and not self.is_sync:
                 self.evaluators.add(head.rank)  # it pulls anew afterwards; until then nobody waits for it
             elif self.finished is None:
@@ -230,8 +201,9 @@ class Clock:
         self.carried = {rank: (vector, ints, 0.0) for rank, (vector, ints, _) in self.carried.items()}
         return average, integers
 
+    # ---------------------------------------------------------------------------------------------------------- state
     def state(self) -> dict[str, Any]:
-        """JSON values."""
+        """What a checkpoint keeps: JSON values."""
         return {"version": self.version, "examples": self.examples, "agenda": self.agenda.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -241,100 +213,46 @@ class Clock:
         self.finished = self.agenda.over(self.version, self.examples)
         self.number, self.carried = 0, {}
 
+    def dump(self) -> dict[str, Any]:
+        """Everything that the clock knows, for another one to go on in the midst of an exchange.
 
-class Shard:
-    """One server's elements [start, stop): weights, moments, and gradients that wait to be applied."""
-
-    def __init__(self, job: JobSpec, layout: Layout, index: int, budget: int | None) -> None:
-        assert isinstance(job.strategy, ParameterServerSpec)
-        self.job, self.layout, self.index = job, layout, index
-        self.range = layout.shard(index, job.strategy.servers)
-        self.budget = budget
-        self.gradients: dict[tuple[int, int], Tensor] = {}
-        self.reduced: Tensor | None = None
-        self.captures: dict[int, dict[str, Any]] = {}
-        self.lasting: set[int] = set()
-
-    def load(self, weights: Tensor, moments: Mapping[str, Tensor], updates: int) -> None:
-        """Take this shard's slices of whole vectors [N]; missing moments start at zero."""
-        start, stop = self.range
-        self.weights = weights[start:stop].clone()
-        self.optimizer = FlatOptimizer(self.job.optimizer, self.layout, self.range, self.weights, self.budget)
-        for name, vector in self.optimizer.moments.items():
-            if name in moments:
-                vector.copy_(moments[name][start:stop])
-        self.optimizer.updates = updates
-        self.gradients, self.captures, self.reduced = {}, {}, None
-
-    def phase_slice(self, phase: int) -> slice:
-        """Where this shard's part of a phase lies within the phase's own vector."""
-        return shard_slice(self.layout, self.range, phase)
-
-    def hold(self, rank: int, ticket: int, gradient: Tensor) -> None:
-        """Keep a gradient's slice until its entry comes."""
-        self.gradients[rank, ticket] = gradient
-
-    def discard(self, rank: int) -> None:
-        """Drop what a worker that left has pushed."""
-        self.gradients = {key: value for key, value in self.gradients.items() if key[0] != rank}
-
-    def reduce(self, entry: Entry) -> list[float]:
-        """Sum the entry's gradients in rank order, divide by the count; the blocks' squared norms, if needed."""
-        parts = [self.gradients.pop(member) for member in entry.members]
-        if entry.dropped:
-            return []
-        total = parts[0]
-        for part in parts[1:]:
-            total = total.add_(part)
-        self.reduced = total.div_(entry.count) if entry.count else total
-        return block_square_norms(self.layout, self.reduced, self.range, entry.phase) if entry.needs_norm else []
-
-    def apply(self, entry: Entry, norm: float | None) -> None:
-        """Update this shard; under sync `norm` is the mean gradient's global norm, and clips it."""
-        if entry.dropped or self.reduced is None:
-            return
-        if norm is not None and self.job.strategy.is_synchronous:
-            scale = clip_scale(norm, self.job.optimizer.clip_norm)
-            if scale < 1.0:
-                self.reduced.mul_(scale)
-        self.optimizer.update(self.weights, self.reduced, entry.phase, entry.version)
-        self.reduced = None
-        if entry.last_phase:
-            self.optimizer.step_done()
-        if entry.capture:
-            self.capture(entry.version + 1, entry.clock, lasting=entry.lasting)
-
-    def capture(self, version: int, clock: Mapping[str, Any] | None, lasting: bool) -> None:
-        """Keep a copy of the state under its version: until it is taken if `lasting`, else while it is among the last.
-
-        Only the few last of either sort stay: somebody who does not come to take them must not fill the memory.
+        JSON values, but for the buffers' arrays, which stand under "carried" alone.
         """
-        self.captures[version] = {
-            "clock": clock,
-            "weights": to_numpy(self.weights).copy(),
-            "moments": {name: to_numpy(vector).copy() for name, vector in self.optimizer.moments.items()},
-            "updates": self.optimizer.updates,
-        }
-        if lasting:
-            self.lasting.add(version)
-        self.lasting &= self.captures.keys()
-        passing = sorted(self.captures.keys() - self.lasting)
-        for old in [*passing[:-KEPT_CAPTURES], *sorted(self.lasting)[: -2 * KEPT_CAPTURES]]:
-            del self.captures[old]
+        return {
+            "version": self.version, "examples": self.examples, "number": self.number, "finished": self.finished,
+            "agenda": self.agenda.state(),
+            "computing": list(map(list, self.computing.items())),
+            "joined": list(map(list, self.joined.items())),
+            "held": [dump_head(head) for head in self.held],
+            "arrived": [[*key, sorted(servers)] for key, servers in self.arrived.items()],
+            "heads": [dump_head(head) for head in self.heads.values()],
+            "evaluators": sorted(self.evaluators), "evaluation_waits": self.evaluation_waits,
+            "carried": {
+                "ranks": [[rank, *row] for rank, row in self.carried.items()],
+                "heads": [[head.carried, head.integers] for head in self.heads.values()],
+            },
+        }  # fmt: skip
 
-    def take_capture(self, version: int) -> dict[str, Any] | None:
-        """The state at a version, if it is still there; it is handed over once."""
-        return self.captures.pop(version, None)
+    def restore(self, dump: Mapping[str, Any]) -> None:
+        """The inverse of `dump`."""
+        self.version, self.examples, self.number = dump["version"], dump["examples"], dump["number"]
+        self.finished, self.evaluation_waits = dump["finished"], dump["evaluation_waits"]
+        self.agenda.load_state(dump["agenda"])
+        self.computing = {rank: start for rank, start in dump["computing"]}
+        self.joined = {rank: ticket for rank, ticket in dump["joined"]}
+        self.held = [Head(*row) for row in dump["held"]]
+        self.arrived = {(rank, ticket): set(servers) for rank, ticket, servers in dump["arrived"]}
+        heads = [Head(*row) for row in dump["heads"]]
+        for head, (vector, integers) in zip(heads, dump["carried"]["heads"], strict=True):
+            head.carried, head.integers = vector, integers
+        self.heads = {(head.rank, head.ticket): head for head in heads}
+        self.evaluators = set(dump["evaluators"])
+        self.carried = {rank: (vector, integers, weight) for rank, vector, integers, weight in dump["carried"]["ranks"]}
 
 
-KEPT_CAPTURES = 4
-
-
-def shard_slice(layout: Layout, shard: tuple[int, int], phase: int) -> slice:
-    """Elements of a phase's vector that lie in a shard."""
-    first, last = layout.phase_range(phase)
-    start, stop = max(shard[0], first), min(shard[1], last)
-    return slice(start - first, max(start, stop) - first)
+def dump_head(head: Head) -> list[Any]:
+    """A head's arguments without its arrays: JSON values."""
+    return [head.rank, head.ticket, head.phase, head.read_version, head.count, head.vote, None, {}, head.rows]
 
 
 class ServerGroup:
