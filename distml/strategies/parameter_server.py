@@ -238,8 +238,8 @@ class Clock:
         self.version, self.examples, self.number = dump["version"], dump["examples"], dump["number"]
         self.finished, self.evaluation_waits = dump["finished"], dump["evaluation_waits"]
         self.agenda.load_state(dump["agenda"])
-        self.computing = {rank: start for rank, start in dump["computing"]}
-        self.joined = {rank: ticket for rank, ticket in dump["joined"]}
+        self.computing = dict(dump["computing"])
+        self.joined = dict(dump["joined"])
         self.held = [Head(*row) for row in dump["held"]]
         self.arrived = {(rank, ticket): set(servers) for rank, ticket, servers in dump["arrived"]}
         heads = [Head(*row) for row in dump["heads"]]

@@ -33,6 +33,7 @@ class Entry:
         capture: keep the shard's state after this entry under the new version.
         clock: the clock's state after it, if it is captured.
         lasting: somebody will come for the capture, maybe late: it is evaluated, or becomes a checkpoint.
+        replies: by member: a worker that prefetches may have two gradients in one entry.
     """
 
     number: int
@@ -47,7 +48,7 @@ class Entry:
     clock: dict[str, Any] | None = None
     lasting: bool = False
     dropped: bool = False
-    replies: dict[int, Reply] = field(default_factory=dict)
+    replies: dict[tuple[int, int], Reply] = field(default_factory=dict)
 
 
 class Shard:
