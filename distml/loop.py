@@ -57,16 +57,17 @@ class Trainer:
         device: where the replica lives.
         snapshot_every: steps between snapshots for recovery; None: only checkpoints.
         injections: failures to cause, as `--inject` gives them.
+        in_shared_memory: the workers share their hosts' memory.
     """
 
     def __init__(
         self, job: JobSpec, task: Task, rank: int, world_size: int, device: torch.device | None = None,
-        snapshot_every: int | None = None, injections: tuple[str, ...] = (),
+        snapshot_every: int | None = None, injections: tuple[str, ...] = (), in_shared_memory: bool = False,
     ) -> None:  # fmt: skip
         self.job, self.task, self.rank, self.world_size = job, task, rank, world_size
         self.device = device or torch.device("cpu")
         self.activity = "start"
-        self.strategy = build_strategy(job, rank, world_size, self.device, snapshot_every)
+        self.strategy = build_strategy(job, rank, world_size, self.device, snapshot_every, in_shared_memory)
         self.injector = Injector(injections, role="rank", index=rank)
         self.datasets: dict[str, Dataset] = {}
         self.has_updated = False

@@ -72,6 +72,12 @@ class FlatModel:
             start = entry.offset + TAIL * entry.phase
             parameter.grad = self.gradients[start : start + entry.numel].view(entry.shape)
 
+    def bind(self, weights: Tensor, gradients: Tensor) -> None:
+        """Move to this storage [N] and [N + P · TAIL]: the values go with the model, gradients start at zero."""
+        self.weights, self.gradients = weights, gradients
+        gradients.zero_()
+        self._bind()
+
     def phase_weights(self, phase: int) -> Tensor:
         """The weights of one phase (a view)."""
         start, stop = self.layout.phase_range(phase)

@@ -23,6 +23,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -128,6 +129,29 @@ class RayChannel:
                 raise PeerLost(f"rank {self.rank} waited for {awaited}: {type(error).__name__}") from error
 
 
+Hosts = tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Way:
+    """How a worker reaches the others.
+
+    Attributes:
+        host, port: of rank 0's rendezvous; None: there is no process group.
+        servers: their handles.
+        generation: how often the run has been connected.
+        segment: process and descriptor that have this host's shared memory open.
+        pids: of the workers of this host, in rank order.
+    """
+
+    host: str | None
+    port: int
+    servers: list[Any]
+    generation: int
+    segment: tuple[int, int] | None = None
+    pids: list[int] = field(default_factory=list)
+
+
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 1})
 class WorkerActor:
     """One worker's process."""
@@ -143,8 +167,13 @@ class WorkerActor:
         self.busy = threading.Lock()
         prepare_process(self.job)
 
-    def build(self, directory: str, files: dict[str, str], start_weights: Mapping[str, Array] | None) -> dict[str, Any]:
-        """Build task, stream and replica; what all ranks must agree on, or `{"error": ...}`."""
+    def build(
+        self, directory: str, files: dict[str, str], start_weights: Mapping[str, Array] | None, hosts: Hosts | None
+    ) -> dict[str, Any]:
+        """Build task, stream and replica; what all ranks must agree on, or `{"error": ...}`.
+
+        `hosts` are the ranks of each host, where the workers share memory.
+        """
         import torch
 
         from distml.errors import UsageError
@@ -157,7 +186,7 @@ class WorkerActor:
             device = torch.device("cuda", 0) if self.job.resources.gpus_per_worker else torch.device("cpu")
             task = build_task(self.job)
             self.trainer = Trainer(self.job, task, self.rank, self.job.resources.workers, device, self.snapshot_every,
-                                   self.injections)  # fmt: skip
+                                   self.injections, in_shared_memory=hosts is not None)  # fmt: skip
             self.trainer.build(start_weights)
         except UsageError as error:
             return {"error": str(error)}
@@ -173,6 +202,13 @@ class WorkerActor:
             "address": ray.util.get_node_ip_address(), "pid": os.getpid(),
             "node": ray.get_runtime_context().get_node_id(),
         }  # fmt: skip
+        self.hosts = hosts
+        if hosts is not None:
+            from distml.exchange.shared_memory import free_bytes
+
+            self.neighbours = next(ranks for ranks in hosts if self.rank in ranks)
+            self.regions = strategy.regions(len(self.neighbours))
+            description |= {"segment_bytes": self.regions.num_bytes, "shared_bytes_free": free_bytes()}
         if self.rank == 0:
             description["frozen"] = {name: to_numpy(t).copy() for name, t in strategy.flat.frozen().items()}
         return description
@@ -190,23 +226,63 @@ class WorkerActor:
         self.listener = open_rendezvous(address)
         return int(self.listener.getsockname()[1])
 
-    def connect(self, host: str | None, port: int, servers: list[Any], generation: int) -> None:
-        """Join the group, or take the way to the servers."""
-        channel = None
-        if self.group is not None:
-            self.group.close()
-            self.group = None
-        if host is not None:
-            from distml.exchange.process_group import ProcessGroup
+    def open_segment(self) -> tuple[int, int]:
+        """Create this host's segment; where its peers find it: process id and descriptor."""
+        from distml.exchange.shared_memory import Segment
 
-            listener = self.listener if self.rank == 0 else None
-            timeout_s = max(60.0, 10 * self.job.limits.lost_after_s)
-            own_address = host if host == "127.0.0.1" else ray.util.get_node_ip_address()
-            self.group = ProcessGroup(self.rank, self.job.resources.workers, host, port, listener, self.trainer.device,
-                                      timeout_s, own_address)  # fmt: skip
-        if servers:
-            channel = RayChannel(servers, self.job, self.trainer.strategy.flat.layout, self.rank, generation)
+        if self.group is not None:
+            self._leave_group()
+        self.segment = Segment.create(self.regions)
+        return os.getpid(), self.segment.descriptor
+
+    def connect(self, way: Way) -> None:
+        """Join the group, or take the way to the servers."""
+        if self.group is not None:
+            self._leave_group()
+        wire = self._join_wire(way) if way.host is not None else None
+        channel = None
+        if way.segment is not None:
+            self.group = self._join_host(way, wire)
+        else:
+            self.group = wire
+        if way.servers:
+            layout = self.trainer.strategy.flat.layout
+            channel = RayChannel(way.servers, self.job, layout, self.rank, way.generation)
         self.trainer.connect(self.group, channel)
+
+    def _leave_group(self) -> None:
+        self.group.close()
+        self.group = None
+
+    def _join_wire(self, way: Way) -> Any:
+        """The group between processes, or between the first ranks of hosts that share memory."""
+        from distml.exchange.process_group import ProcessGroup
+
+        assert way.host is not None
+        rank, size = self.rank, self.job.resources.workers
+        if self.hosts is not None:
+            if self.rank != self.neighbours[0]:
+                return None
+            rank, size = self.hosts.index(self.neighbours), len(self.hosts)
+        listener = self.listener if self.rank == 0 else None
+        own_address = way.host if way.host == "127.0.0.1" else ray.util.get_node_ip_address()
+        device = self.trainer.device
+        return ProcessGroup(rank, size, way.host, way.port, listener, device, self.patience_s, own_address)
+
+    @property
+    def patience_s(self) -> float:
+        """Of one exchange: longer than anything healthy, since the driver ends what is lost much earlier."""
+        return max(60.0, 10 * self.job.limits.lost_after_s)
+
+    def _join_host(self, way: Way, wire: Any) -> Any:
+        from distml.exchange.shared_memory import Host, Segment, SharedMemoryGroup
+
+        assert way.segment is not None
+        assert self.hosts is not None
+        pid, descriptor = way.segment
+        segment = self.segment if pid == os.getpid() else Segment.open(pid, descriptor, self.regions)
+        host = Host(segment, list(self.neighbours), self.rank, way.pids, self.patience_s)
+        return SharedMemoryGroup(host, [list(ranks) for ranks in self.hosts], wire)
 
     def load(self, shared: Mapping[str, Any] | None, own: Mapping[str, Any] | None) -> None:
         """Go back to a state."""

@@ -16,11 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from distml.errors import RunError, UsageError
@@ -28,11 +29,12 @@ from distml.events import Event, Failed, Finished, Interrupted
 from distml.exchange.channel import PeerLost
 from distml.exchange.layout import Array, Layout
 from distml.inject import Injection
-from distml.runtime.actors import ServerActor, WorkerActor, end_process
+from distml.runtime.actors import ServerActor, Way, WorkerActor, end_process
 from distml.runtime.authentication import STUCK_THREAD, cluster_address
 from distml.runtime.cut import Cut, join_captures
 from distml.runtime.deaths import cause_of_death, out_of_memory_kills
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
+from distml.runtime.transport import Transport, choose, fall_back
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import SNAPSHOT_EVERY
 from distml.tasks.sources import SourceTree
@@ -68,7 +70,8 @@ class RayRuntime:
         self.job, self.sources, self.address, self.injections = job, sources, address, injections
         self.directory = str(directory.resolve())
         self.size = job.resources.workers
-        self.num_servers = job.strategy.servers if isinstance(job.strategy, ParameterServerSpec) else 0
+        self.num_servers = 0
+        self.transport = Transport("none", "", ())
         self.job_json = job.model_dump_json(by_alias=True)
         self.workers: dict[int, Any] = {}
         self.servers: dict[int, Any] = {}
@@ -96,18 +99,44 @@ class RayRuntime:
         check_resources(self.job, self.owns_ray)
         self.start_weights = start_weights
         self.group = self._place()
-        for index in range(self.num_servers):
-            self.servers[index] = self._server(index)
+        self.transport = choose(self.job, self._nodes())
+        self._start_servers()
         for rank in range(self.size):
             self.workers[rank] = self._worker(rank)
         with self._starting():
             self._build_workers(list(range(self.size)))
+            self._check_shared_memory()
         facts = self.facts[0]
         self.layout = Layout.from_json(facts["layout"])
         self.built_weights = self.workers[0].start_weights.remote() if self.servers else None
-        return Description(
-            self.layout, facts["frozen"], self._transport(), sorted({f["host"] for f in self.facts.values()})
-        )
+        hosts = sorted({f["host"] for f in self.facts.values()})
+        return Description(self.layout, facts["frozen"], str(self.transport), hosts)
+
+    def _nodes(self) -> list[str]:
+        """The node of each rank's bundle."""
+        table = placement_group_table(self.group)
+        return [str(table["bundles_to_node_id"][rank]) for rank in range(self.size)]
+
+    def _start_servers(self) -> None:
+        if self.transport.name == "object_store":
+            assert isinstance(self.job.strategy, ParameterServerSpec)
+            self.num_servers = self.job.strategy.servers
+        for index in range(self.num_servers):
+            self.servers[index] = self._server(index)
+
+    def _check_shared_memory(self) -> None:
+        """Take another transport where a host's shared memory is too small."""
+        if self.transport.name != "shared_memory":
+            return
+        for facts in (self.facts[ranks[0]] for ranks in self.transport.hosts):
+            needed, free = facts["segment_bytes"], facts["shared_bytes_free"]
+            if needed > free:
+                lacking = (f"/dev/shm on {facts['host']} has {free / 2**20:.0f} MiB to give, "
+                           f"{needed / 2**20:.0f} MiB are needed")  # fmt: skip
+                self.transport = fall_back(self.job, self.transport, lacking)
+                self._start_servers()
+                self._build_workers(list(range(self.size)))
+                return
 
     def _place(self) -> PlacementGroup:
         resources = self.job.resources
@@ -140,7 +169,9 @@ class RayRuntime:
     def _build_workers(self, ranks: list[int]) -> None:
         files = self.sources.files
         weights = ray.put(dict(self.start_weights)) if self.start_weights is not None else None
-        calls = {f"rank {r}": self.workers[r].build.remote(self.sources.directory, files, weights) for r in ranks}
+        hosts = self.transport.hosts if self.transport.name == "shared_memory" else None
+        calls = {f"rank {r}": self.workers[r].build.remote(self.sources.directory, files, weights, hosts)
+                 for r in ranks}  # fmt: skip
         for rank, facts in zip(ranks, self._ask(calls, "the task to be built"), strict=True):
             if "error" in facts:
                 raise UsageError(facts["error"])
@@ -183,13 +214,6 @@ class RayRuntime:
         except ProcessLostError as lost:
             raise RunError(f"{lost.cause} (while waiting for {lost.awaited})", role=lost.role, phase="start") from None
 
-    def _transport(self) -> str:
-        if self.servers:
-            return f"object_store ({self.num_servers} server{'s' if self.num_servers > 1 else ''})"
-        if self.job.strategy.name == "single":
-            return "none (one worker)"
-        return "process_group (nccl)" if self.job.resources.gpus_per_worker else "process_group (gloo)"
-
     # ------------------------------------------------------------------------------------------------------ connecting
     def begin(self, cut: Cut | None) -> None:
         """Connect everyone and load `cut`, then let the workers train."""
@@ -229,13 +253,24 @@ class RayRuntime:
 
     def _connect(self, ranks: list[int]) -> None:
         host, port = None, 0
-        if not self.servers and self.size > 1:
-            one_host = len({facts["node"] for facts in self.facts.values()}) == 1
-            host = "127.0.0.1" if one_host else self.facts[0]["address"]
+        shares, hosts = self.transport.name == "shared_memory", self.transport.hosts
+        if self.transport.name == "process_group" or (shares and len(hosts) > 1):
+            host = "127.0.0.1" if len(hosts) == 1 else self.facts[0]["address"]
             port = self._ask({"rank 0": self.workers[0].open_rendezvous.remote(host)}, "the rendezvous")[0]
         handles = [self.servers[index] for index in sorted(self.servers)]
-        way = (host, port, handles, self.generation)
-        self._ask({f"rank {rank}": self.workers[rank].connect.remote(*way) for rank in ranks}, "its connection")
+        ways = dict.fromkeys(ranks, Way(host, port, handles, self.generation))
+        if shares:
+            ways = {rank: replace(way, segment=segment, pids=[self.facts[r]["pid"] for r in neighbours])
+                    for neighbours, segment in self._segments() for rank, way in ways.items()
+                    if rank in neighbours}  # fmt: skip
+        self._ask({f"rank {rank}": self.workers[rank].connect.remote(way) for rank, way in ways.items()},
+                  "its connection")  # fmt: skip
+
+    def _segments(self) -> list[tuple[tuple[int, ...], tuple[int, int]]]:
+        """The ranks of each host, and where its new segment is."""
+        hosts = self.transport.hosts
+        calls = {f"rank {ranks[0]}": self.workers[ranks[0]].open_segment.remote() for ranks in hosts}
+        return list(zip(hosts, self._ask(calls, "its shared memory"), strict=True))
 
     def _start(self, rank: int) -> None:
         self.streams[rank] = self.workers[rank].advance.options(num_returns="streaming").remote()

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from distml.strategies.single import Single
 
 
 class AllReduce(Single):
     """One collective per phase carries gradients, count, vote and rows: N + TAIL elements."""
-
-    def _reduce(self, message: Tensor) -> None:
-        before = self.group.bytes_sent
-        self.group.all_reduce(message)
-        self.meter.bytes_sent += self.group.bytes_sent - before

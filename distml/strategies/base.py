@@ -23,6 +23,7 @@ from distml.errors import UsageError
 from distml.exchange.channel import Channel, Group
 from distml.exchange.flat import COUNT, ROWS, TAIL, VOTE, Carried, FlatModel, from_numpy, to_numpy
 from distml.exchange.layout import Array
+from distml.exchange.shared_memory import Regions
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda
 from distml.strategies.optimizer import schedule_factor
@@ -94,6 +95,7 @@ class Strategy(ABC):
         self._count = 0.0  # what this phase's gradient is a sum over: examples, tokens or frames
         self._rows = 0.0  # examples of this step, whatever its losses count
         self._mark = time.perf_counter()
+        self.leaves_gradients = True  # an exchange does not zero them itself
 
     # ------------------------------------------------------------------------------------------------------- building
     def prepare(self, task: Task, start_weights: Mapping[str, Array] | None, dataset_size: int | None) -> nn.Module:
@@ -127,6 +129,10 @@ class Strategy(ABC):
     @abstractmethod
     def connect(self, group: Group | None, channel: Channel | None) -> None:
         """Take the way to the other processes; called again after a recovery."""
+
+    def regions(self, size: int) -> Regions:
+        """What a segment of shared memory has to hold for `size` workers of a host."""
+        raise NotImplementedError(f"{self.job.strategy.label} does not work in shared memory")
 
     # ------------------------------------------------------------------------------------------------------- one step
     def loss(self, phase: int, batch: Batch) -> Loss:
@@ -174,7 +180,8 @@ class Strategy(ABC):
             self.since_average += self._count
         with torch.no_grad():
             self._exchange(phase, self._count, last)
-            message.zero_()
+            if self.leaves_gradients:
+                message.zero_()
         self._count = self._rows = 0.0
         self._mark = time.perf_counter()
         self.meter.exchange_s += self._mark - before

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import torch
 
-from distml.spec.schema import AllReduceSpec, JobSpec, ParameterServerSpec
+from distml.spec.schema import AllReduceSpec, JobSpec, LocalSGDSpec, ParameterServerSpec
 from distml.strategies.base import Strategy
 
 
 def build_strategy(
-    job: JobSpec, rank: int, world_size: int, device: torch.device, snapshot_every: int | None
-) -> Strategy:
-    """The worker's half of the job's strategy."""
-    if isinstance(job.strategy, ParameterServerSpec):
+    job: JobSpec, rank: int, world_size: int, device: torch.device, snapshot_every: int | None,
+    in_shared_memory: bool = False,
+) -> Strategy:  # fmt: skip
+    """The worker's half of the job's strategy; in shared memory synchronous workers are the servers of their shards."""
+    servers = isinstance(job.strategy, ParameterServerSpec) and not (in_shared_memory and job.strategy.is_synchronous)
+    if servers:
         from distml.strategies.parameter_server import ParameterServer
 
         return ParameterServer(job, rank, world_size, device, snapshot_every)
-    if isinstance(job.strategy, AllReduceSpec):
+    if isinstance(job.strategy, (AllReduceSpec, ParameterServerSpec)):
         from distml.strategies.all_reduce import AllReduce
 
         return AllReduce(job, rank, world_size, device, snapshot_every)
+    if isinstance(job.strategy, LocalSGDSpec):
+        from distml.strategies.local_sgd import LocalSGD
+
+        return LocalSGD(job, rank, world_size, device, snapshot_every)
     from distml.strategies.single import Single
 
     return Single(job, rank, world_size, device, snapshot_every)

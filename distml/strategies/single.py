@@ -1,6 +1,7 @@
 """`strategy: single`: one worker, its own optimiser. Also the replica's half of `all_reduce`.
 
-Dataflow of one phase: gradients and tail [N + TAIL] -> `_reduce` (nothing here) -> mean -> clip -> update in place.
+Dataflow of one phase: gradients and tail [N + TAIL] -> `_reduce` -> mean -> clip -> update in place. In shared memory
+`InPlaceUpdate` does the same for a shard of the vector that all workers of the host see.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from distml.exchange.channel import Channel, Group
 from distml.exchange.flat import COUNT, ROWS, TAIL, VOTE, from_numpy, to_numpy
+from distml.exchange.shared_memory import Regions, SharedMemoryGroup
 from distml.strategies.agenda import crossed
 from distml.strategies.base import Strategy
+from distml.strategies.in_place import InPlaceUpdate, sync_regions
 from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
 
 
@@ -34,52 +37,88 @@ class Alone:
 class Single(Strategy):
     """Every worker that runs this holds the whole optimiser and applies the same update."""
 
+    updates_in_place = True  # where a segment of shared memory can hold the weights
+
     def _build(self) -> None:
         layout = self.flat.layout
         whole = (0, layout.numel)
         self.optimizer = FlatOptimizer(self.job.optimizer, layout, whole, self.flat.weights, self.agenda.budget_steps)
         self._group: Group = Alone()
+        self.in_place: InPlaceUpdate | None = None
 
     def connect(self, group: Group | None, channel: Channel | None) -> None:
-        self._group = group or Alone()
+        self._group, self.in_place = group or Alone(), None
+        if isinstance(group, SharedMemoryGroup) and self.updates_in_place:
+            updates, budget = self.optimizer.updates, self.agenda.budget_steps
+            self.in_place = InPlaceUpdate(self.job, self.flat, group, updates, budget, self._reduce)
+            self.optimizer.moments = self.in_place.moments
+        self.leaves_gradients = self.in_place is None
+
+    def regions(self, size: int) -> Regions:
+        return sync_regions(self.flat, list(self.optimizer.moments), size)
 
     @property
     def group(self) -> Group:
         return self._group
 
-    def _reduce(self, message: Tensor) -> None:
-        """Sum one phase's gradients and tail over the workers, in place."""
+    def _reduce(self, phase: int, message: Tensor, group: Group) -> None:
+        """Sum one phase's gradients and tail over the ranks of a group, in place."""
+        group.all_reduce(message)
 
     def _exchange(self, phase: int, count: float, last: bool) -> None:
-        message = self.flat.phase_message(phase)
-        self._reduce(message)
-        gradients, tail = message[:-TAIL], message[-TAIL:].tolist()
-        if tail[COUNT]:
-            gradients.div_(tail[COUNT])
+        before = self.group.bytes_sent
+        if self.in_place is not None:
+            version = self.progress.version
+            needs_norm = self._needs_norm(version, last)
+            tail, norm = self.in_place.update(phase, version, last, needs_norm)
+            self.meter.grad_norm = self.meter.grad_norm if norm is None else norm
+        else:
+            message = self.flat.phase_message(phase)
+            self._reduce(phase, message, self.group)
+            tail = message[-TAIL:].tolist()
+            self._apply(message[:-TAIL], tail[COUNT], phase, last)
+        self.meter.bytes_sent += self.group.bytes_sent - before
+        if last:
+            version, examples = self.progress.version + 1, self.progress.examples + round(tail[ROWS])
+            finished = self.agenda.spent(version, examples) or self.verdict(tail[VOTE])
+            self._advance(version, examples, finished, self.agenda.duties(version, finished))
+
+    def _needs_norm(self, version: int, last: bool) -> bool:
+        """Whether the mean gradient's norm is needed: to clip it, or for the report."""
+        return self.job.optimizer.clip_norm is not None or (last and crossed(version, version + 1, self.job.log.every))
+
+    def _apply(self, gradients: Tensor, count: float, phase: int, last: bool) -> None:
+        """Update one phase's weights by a sum over `count`: mean, clip, optimiser."""
+        if count:
+            gradients.div_(count)
         version = self.progress.version
-        limit = self.job.optimizer.clip_norm
-        if limit is not None or (last and crossed(version, version + 1, self.job.log.every)):
+        if self._needs_norm(version, last):
             norms = block_square_norms(self.flat.layout, gradients, (0, self.flat.layout.numel), phase)
             self.meter.grad_norm = norm = math.sqrt(sum(norms))
-            if (scale := clip_scale(norm, limit)) < 1.0:
+            if (scale := clip_scale(norm, self.job.optimizer.clip_norm)) < 1.0:
                 gradients.mul_(scale)
         self.optimizer.update(self.flat.weights, gradients, phase, version)
         if last:
             self.optimizer.step_done()
-            examples = self.progress.examples + round(tail[ROWS])
-            finished = self.agenda.spent(version + 1, examples) or self.verdict(tail[VOTE])
-            self._advance(version + 1, examples, finished, self.agenda.duties(version + 1, finished))
 
     def shared_state(self) -> dict[str, Any]:
         return {
             "weights": to_numpy(self.flat.weights).copy(),
             "moments": {name: to_numpy(vector).copy() for name, vector in self.optimizer.moments.items()},
             "carried": self.carried.arrays(),
-            "clock": {**self.clock_state(), "updates": self.optimizer.updates},
+            "clock": {**self.clock_state(), "updates": self._updates},
         }
+
+    @property
+    def _updates(self) -> int:
+        return self.optimizer.updates if self.in_place is None else self.in_place.updates
 
     def load_shared(self, shared: Mapping[str, Any]) -> None:
         super().load_shared(shared)
+        moments, updates = shared["moments"], shared["clock"]["updates"]
+        if self.in_place is not None:
+            self.in_place.load({name: from_numpy(moments[name]) for name in self.in_place.moments}, updates)
+            return
         for name, vector in self.optimizer.moments.items():
-            vector.copy_(from_numpy(shared["moments"][name]))
-        self.optimizer.updates = shared["clock"]["updates"]
+            vector.copy_(from_numpy(moments[name]))
+        self.optimizer.updates = updates
