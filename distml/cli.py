@@ -313,11 +313,27 @@ def export(
 @app.command()
 @_verb
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The measurement.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The measurement: exchange, loop or start.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    repeats: Annotated[int | None, typer.Option(help="Of each contender; they take turns.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="exchange: parameters, 0.1M, 4.2M or 25M; repeatable.")] = None,
+    workers: Annotated[list[int] | None, typer.Option(help="exchange: how many, for example 2; repeatable.")] = None,
+    optimizer: Annotated[list[str] | None, typer.Option(help="exchange: sgd or adam; repeatable.")] = None,
+    contenders: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="exchange: only these, for example compute,ddp,all_reduce.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="exchange: every size, workers and optimizer.")] = False,
+    transport: Annotated[str | None, typer.Option(help="exchange: of distml's strategies, as in a spec.")] = None,
+    hosts: Annotated[int | None, typer.Option(help="exchange: 2 for two hosts with a link (needs root).")] = None,
+    rate: Annotated[str | None, typer.Option(help="exchange: of that link, 1gbit or 100mbit.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="exchange: draw the result, as PNG.")] = None,
 ) -> int | None:
     """Measure side by side with peers, as ratios from one invocation."""
     from distml.bench import bench_command  # type: ignore[attr-defined, unused-ignore]
 
-    code: int | None = bench_command(name, json=as_json)
+    names = [name for name in (contenders or "").split(",") if name]
+    code: int | None = bench_command(
+        name, json=as_json, plot=plot, repeats=repeats, size=size, workers=workers, optimizer=optimizer,
+        contenders=names, full=full, transport=transport, hosts=hosts, rate=rate,
+    )  # fmt: skip
     return code

@@ -74,8 +74,12 @@ def measure(repeats: int = 3) -> dict[str, Any]:
 
 
 @contextmanager
-def local_ray() -> Iterator[str]:
-    """A Ray of this machine alone, on the loopback interface, with a token; its address. It ends with the block."""
+def local_ray(cpus: int = 4) -> Iterator[str]:
+    """A Ray of this machine alone, on the loopback interface, with a token; its address. It ends with the block.
+
+    Args:
+        cpus: as many as it believes to have.
+    """
     for variable in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):  # a cluster that the shell is set up for
         os.environ.pop(variable, None)
     from distml.runtime.authentication import prepare_authentication
@@ -87,7 +91,7 @@ def local_ray() -> Iterator[str]:
     ray.init(
         address="local",
         _node_ip_address="127.0.0.1",
-        num_cpus=4,
+        num_cpus=cpus,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -41,12 +41,12 @@ def print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]]
 
     table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for index, heading in enumerate(header):
-        table.add_column(heading, justify="right" if index else "left")
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for row in body:
         table.add_row(*map(Text, row))
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = max(console.width, 120)
+        console.width = max(console.width, 150)
     console.print(table)
     for line in closing:
         console.print(Text(line), soft_wrap=True)
