@@ -109,15 +109,20 @@ class Agenda:
         return len(values) - 1 - values.index(max(values))
 
     # ---------------------------------------------------------------------------------------------------------- duties
-    def duties(self, version: int, finished: str | None) -> tuple[str, ...]:
-        """What is due at `version`: "evaluate", "checkpoint", "snapshot" (the state is handed over)."""
-        last = finished is not None
+    def duties(self, version: int, finished: str | None, since: int | None = None) -> tuple[str, ...]:
+        """What is due at `version`: "evaluate", "checkpoint", "snapshot" (the state is handed over).
+
+        Args:
+            since: the last version at which anything could be done; what fell due after it is done now. None: the one
+                before.
+        """
+        last, before = finished is not None, version - 1 if since is None else since
         found = []
-        if (last and finished != "requested") or version % self.job.evaluate.every == 0:
+        if (last and finished != "requested") or crossed(before, version, self.job.evaluate.every):
             found.append("evaluate")
-        if last or version % self.job.checkpoint.every == 0:
+        if last or crossed(before, version, self.job.checkpoint.every):
             found.append("checkpoint")
-        if "checkpoint" in found or (self.snapshot_every and version % self.snapshot_every == 0):
+        if "checkpoint" in found or (self.snapshot_every and crossed(before, version, self.snapshot_every)):
             found.append("snapshot")
         return tuple(found)
 

@@ -42,6 +42,8 @@ def test_a_cell_trains_or_says_why_not(cell):
 
 def test_the_matrix_has_both_kinds_of_cells():
     assert {(cell.task, cell.strategy.label) for cell in CELLS if not cell.trains} == {
-        (task, f"parameter_server/{mode}") for task in ("centred:Centred", "fresh:Fresh") for mode in ("async", "ssp")
+        (task, label)
+        for task in ("centred:Centred", "fresh:Fresh")
+        for label in ("parameter_server/async", "parameter_server/ssp", "local_sgd")
     }
-    assert len(CELLS) == (len(OWN) + 2) * 5
+    assert len(CELLS) == (len(OWN) + 2) * 6

@@ -5,7 +5,9 @@ from __future__ import annotations
 from distml.spec.matrix import matrix, refusal, strategy_variants
 from distml.spec.schema import ALL_OFFERS
 
-LABELS = ["single", "all_reduce", "parameter_server/sync", "parameter_server/async", "parameter_server/ssp"]
+LABELS = [
+    "single", "all_reduce", "parameter_server/sync", "parameter_server/async", "parameter_server/ssp", "local_sgd",
+]  # fmt: skip
 
 
 def test_every_strategy_stands_in_it_once_per_mode():

@@ -12,7 +12,8 @@ from distml.spec.loader import load_spec
 from distml.spec.yaml import parse
 
 FILES = sorted(JOBS.glob("*.yaml"))
-FAMILY = ["digits-single", "digits-all-reduce", "digits-ps-sync", "digits-ps-async", "digits-ps-ssp"]
+FAMILY = ["digits-single", "digits-all-reduce", "digits-ps-sync", "digits-ps-async", "digits-ps-ssp",
+          "digits-local-sgd"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
