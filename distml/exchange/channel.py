@@ -6,6 +6,7 @@ has a timeout whose message names what was awaited, and ends with `PeerLost` whe
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +33,19 @@ class Group(Protocol):
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Every rank's payload, in rank order."""
+        ...
+
+
+class WireGroup(Group, Protocol):
+    """Ranks between whom compressed gradients travel."""
+
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """Send `parts[p]` to rank p; what each rank sent here, in rank order.
+
+        Args:
+            parts: one for each rank: uint8 [L_p] on this rank's device. They may be overwritten after the call.
+            lengths: bytes that each rank sends here.
+        """
         ...
 
 
@@ -65,6 +79,8 @@ class Reply:
         version: of the weights.
         examples: consumed so far over all workers.
         staleness: versions between reading and applying this gradient.
+        applied: whether it was; else it came after the end, or brought no gradient.
+        contributed: examples of this worker's applied gradients so far.
         grad_norm: of the applied mean gradient, where it was needed.
         finished: why the run is over, or None.
         duties: what this worker does at this version: "evaluate", "snapshot".
@@ -80,12 +96,18 @@ class Reply:
     duties: tuple[str, ...] = ()
     carried: Array | None = None
     integers: dict[str, Array] = field(default_factory=dict)
+    applied: bool = False
+    contributed: float = 0.0
 
 
 class Channel(Protocol):
-    """A worker's way to the servers."""
+    """A worker's way to the servers.
+
+    `clears_gradients`: an exchange leaves zeros where the gradient was.
+    """
 
     bytes_sent: int
+    clears_gradients: bool
 
     def exchange(self, head: Head, gradient: Tensor, weights: Tensor) -> Reply:
         """Push one phase's gradient (whole vector of the phase), wait until it is applied, overwrite `weights` [N]."""
@@ -105,6 +127,26 @@ class Channel(Protocol):
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Every worker's payload, in rank order (synchronous mode only)."""
+        ...
+
+    def load(self, shared: Mapping[str, Any]) -> None:
+        """Begin from a shared half, where the workers themselves are the servers."""
+        ...
+
+    def captured(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
+        """The shared half at the version that this worker reads; None: the driver asks the servers for it."""
+        ...
+
+
+class Wire(Channel, Protocol):
+    """A channel whose exchange takes its time, and can be done in two halves (`prefetch`)."""
+
+    def push(self, head: Head, gradient: Tensor) -> Any:
+        """The first half of `exchange`, what `take` is to be called with. `gradient` may then change."""
+        ...
+
+    def take(self, pushed: Any, weights: Tensor) -> Reply:
+        """The second half: wait until it is applied, overwrite `weights` [N]."""
         ...
 
 

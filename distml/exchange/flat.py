@@ -76,7 +76,19 @@ class FlatModel:
         """Move to this storage [N] and [N + P · TAIL]: the values go with the model, gradients start at zero."""
         self.weights, self.gradients = weights, gradients
         gradients.zero_()
+        self._views: dict[int, list[Tensor]] = {}
         self._bind()
+
+    def point_to(self, weights: Tensor) -> None:
+        """Compute on these weights [N] from now on, as they are; the same few vectors come again and again."""
+        views = self._views.get(weights.data_ptr())
+        if views is None:
+            entries = self.layout.entries
+            views = [weights[e.offset : e.offset + e.numel].view(e.shape) for e in entries]
+            self._views[weights.data_ptr()] = views
+        self.weights = weights
+        for parameter, view in zip(self.parameters, views, strict=True):
+            parameter.data = view
 
     def phase_weights(self, phase: int) -> Tensor:
         """The weights of one phase (a view)."""

@@ -210,21 +210,27 @@ class Host:
         self.lengths = segment.array("lengths")
         self.boards = segment.array("boards").reshape(self.size, BOARD_BYTES)
         self.sequence = 0
-        self.watched: dict[int, int] = {}
+        self.watched: dict[int, int] = {}  # rank -> a descriptor of its process
+        self.watched_pids: dict[int, int] = {}
         for peer, pid in zip(ranks, pids, strict=True):
-            if peer != rank:
-                self.watch(peer, pid)
+            if peer != rank and not self.watch(peer, pid):
+                raise PeerLost(f"rank {peer} (process {pid}) is gone")
 
-    def watch(self, rank: int, pid: int) -> None:
-        """Notice the death of this peer from now on."""
+    def watch(self, rank: int, pid: int) -> bool:
+        """Notice the death of this peer from now on; False if it is dead already."""
+        if self.watched_pids.get(rank) == pid:
+            return True
         self.unwatch(rank)
         try:
             self.watched[rank] = os.pidfd_open(pid)
-        except OSError as error:
-            raise PeerLost(f"rank {rank} (process {pid}) is gone: {error.strerror}") from error
+        except OSError:
+            return False
+        self.watched_pids[rank] = pid
+        return True
 
     def unwatch(self, rank: int) -> None:
         """Do not look at this peer any more."""
+        self.watched_pids.pop(rank, None)
         if rank in self.watched:
             os.close(self.watched.pop(rank))
 

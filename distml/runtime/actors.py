@@ -21,6 +21,7 @@ import os
 import socket
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from distml.events import Event, Failed, Interrupted
-from distml.exchange.channel import PeerLost
+from distml.exchange.channel import PULL, PeerLost
 from distml.exchange.layout import Array, Layout
 from distml.spec.schema import JobSpec
 from distml.tasks.sources import SourceTree
@@ -63,8 +64,28 @@ def prepare_process(job: JobSpec) -> None:
     torch.set_num_threads(threads)
 
 
+# A reply, where a shard's weights begin in the flat vector, and the weights: an array, or [reference to one].
+Answer = tuple["Reply", int, "Array | list[Any]"]
+INLINE_BYTES = int(os.environ.get("XINLINE", 100_000))  # Ray sends what is smaller with the answer itself
+
+
+def borrowed(array: Array) -> Tensor:
+    """A tensor in the array's own memory, for reading: Ray's is shared, and is not to be written to."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
+
+
 class RayChannel:
-    """A worker's way to the server actors."""
+    """A worker's way to the server actors.
+
+    One message per shard and direction: a worker pushes each server its slice; a server puts new weights into the
+    object store once for all workers that they are for, and answers each with the reference (small ones directly).
+    """
+
+    clears_gradients = False
 
     def __init__(self, servers: list[Any], job: JobSpec, layout: Layout, rank: int, generation: int) -> None:
         self.servers, self.layout, self.rank, self.bytes_sent = servers, layout, rank, 0
@@ -74,6 +95,10 @@ class RayChannel:
 
     def exchange(self, head: Head, gradient: Tensor, weights: Tensor) -> Reply:
         """Push one slice to each server, wait until the gradient is applied, pull one slice from each."""
+        return self.take(self.push(head, gradient), weights)
+
+    def push(self, head: Head, gradient: Tensor) -> tuple[int, list[Any]]:
+        """Push one slice to each server; what to wait for."""
         from distml.exchange.flat import to_numpy
         from distml.strategies.shard import shard_slice
 
@@ -82,25 +107,37 @@ class RayChannel:
         calls = []
         for index, server in enumerate(self.servers):
             own = whole[shard_slice(self.layout, self.ranges[index], head.phase)]
-            calls.append(server.push.remote(head if index == 0 else (head.rank, head.ticket), own))
-        answers = self._get(calls, f"gradient {head.ticket} of rank {head.rank} to be applied")
-        self.bytes_sent += (gradient.numel() + weights.numel()) * weights.element_size()
-        return self._take(answers, weights)
+            calls.append(server.push.remote(head if index == 0 else (head.rank, head.ticket, head.phase), own))
+        self.bytes_sent += whole.nbytes
+        return head.ticket, calls
+
+    def take(self, pushed: tuple[int, list[Any]], weights: Tensor) -> Reply:
+        """Wait until it is applied, pull one slice from each server."""
+        ticket, calls = pushed
+        awaited = f"gradient {ticket} of rank {self.rank} to be applied"
+        answers: list[Answer] = self._get(calls, awaited)
+        references = [piece[0] for _, _, piece in answers if isinstance(piece, list)]
+        fetched = iter(self._get(references, awaited) if references else ())
+        for _, start, piece in answers:
+            array: Array = next(fetched) if isinstance(piece, list) else piece
+            weights[start : start + array.size].copy_(borrowed(array))
+            self.bytes_sent += array.nbytes
+        return answers[0][0]
 
     def join(self, head: Head, weights: Tensor) -> Reply:
         """Pull the newest version."""
         return self.exchange(head, weights[:0], weights)
 
-    def _take(self, answers: list[tuple[Reply, Array]], weights: Tensor) -> Reply:
-        from distml.exchange.flat import from_numpy
-
-        for (start, stop), (_, piece) in zip(self.ranges, answers, strict=True):
-            weights[start:stop].copy_(from_numpy(piece))
-        return answers[0][0]
-
     def leave(self) -> None:
         """Take no part."""
         self._get([self.servers[0].leave.remote(self.rank)], "leave")
+
+    def load(self, shared: Mapping[str, Any]) -> None:
+        """The servers load for themselves."""
+
+    def captured(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
+        """The servers have it."""
+        return None
 
     def judge(self, version: int, metrics: dict[str, float]) -> str | None:
         """Report an evaluation."""
@@ -142,6 +179,7 @@ class Way:
         generation: how often the run has been connected.
         segment: process and descriptor that have this host's shared memory open.
         pids: of the workers of this host, in rank order.
+        rejoins: the others are at work already.
     """
 
     host: str | None
@@ -150,6 +188,7 @@ class Way:
     generation: int
     segment: tuple[int, int] | None = None
     pids: list[int] = field(default_factory=list)
+    rejoins: bool = False
 
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 1})
@@ -240,7 +279,7 @@ class WorkerActor:
         if self.group is not None:
             self._leave_group()
         wire = self._join_wire(way) if way.host is not None else None
-        channel = None
+        channel: Any = None
         if way.segment is not None:
             self.group = self._join_host(way, wire)
         else:
@@ -248,6 +287,8 @@ class WorkerActor:
         if way.servers:
             layout = self.trainer.strategy.flat.layout
             channel = RayChannel(way.servers, self.job, layout, self.rank, way.generation)
+        elif way.segment is not None and not self.job.strategy.is_synchronous:
+            channel = self._become_server(way)
         self.trainer.connect(self.group, channel)
 
     def _leave_group(self) -> None:
@@ -283,6 +324,18 @@ class WorkerActor:
         segment = self.segment if pid == os.getpid() else Segment.open(pid, descriptor, self.regions)
         host = Host(segment, list(self.neighbours), self.rank, way.pids, self.patience_s)
         return SharedMemoryGroup(host, [list(ranks) for ranks in self.hosts], wire)
+
+    def _become_server(self, way: Way) -> Any:
+        from distml.strategies.agenda import Agenda
+        from distml.strategies.shared_servers import SharedServers
+
+        assert way.segment is not None
+        strategy = self.trainer.strategy
+        joins = "rejoined" if way.rejoins else "joined"
+        state = "new" if way.segment[0] == os.getpid() else joins
+        agenda = Agenda(self.job, **strategy.agenda_arguments)
+        return SharedServers(self.job, strategy.flat, strategy.carried, agenda, len(strategy.phases),
+                             self.group.host, state, way.generation)  # fmt: skip
 
     def load(self, shared: Mapping[str, Any] | None, own: Mapping[str, Any] | None) -> None:
         """Go back to a state."""
@@ -323,6 +376,23 @@ class WorkerActor:
         return "start" if self.trainer is None else str(self.trainer.activity)
 
     @ray.method(concurrency_group="control")
+    def interrupt(self) -> None:
+        """End the waits in shared memory, here and at the neighbours."""
+        if self.group is not None and self.hosts is not None:
+            self.group.host.abort()
+
+    @ray.method(concurrency_group="control")
+    def shared_segment(self) -> tuple[int, int] | None:
+        """Where a worker that takes a dead one's place finds this host's segment; None: it can only go back."""
+        from distml.strategies.shared_servers import is_intact
+
+        host = self.group.host
+        whole = is_intact(host.segment.descriptor, self.trainer.strategy.channel.words, self.job.limits.heartbeat_s)
+        if not whole or host.words.get(0):
+            return None
+        return os.getpid(), host.segment.descriptor
+
+    @ray.method(concurrency_group="control")
     def request_stop(self) -> None:
         """Vote to end at the next version."""
         if self.trainer is not None:
@@ -342,7 +412,7 @@ class ServerActor:
         from distml.inject import Injector
 
         self.injector = Injector(injections, role="server", index=index)
-        self.waiting: dict[tuple[int, int], asyncio.Future[tuple[Reply, Array]]] = {}
+        self.waiting: dict[tuple[int, int], asyncio.Future[Answer]] = {}
         self.gathering: dict[int, dict[int, bytes]] = {}
         self.gathered: dict[int, asyncio.Future[list[bytes]]] = {}
         self.queue: deque[Entry] = deque()
@@ -370,12 +440,15 @@ class ServerActor:
         self, weights: Array, moments: Mapping[str, Array], clock: Mapping[str, Any] | None, ranks: list[int]
     ) -> None:
         """Start from whole vectors; these workers take part."""
+        import torch
+
         from distml.exchange.flat import from_numpy
 
         self._interrupt()
         self.shard.load(
             from_numpy(weights), {n: from_numpy(v) for n, v in moments.items()}, clock["updates"] if clock else 0
         )
+        self.shard.sums = torch.empty_like(self.shard.weights)  # gradients lie in Ray's memory, which is read-only
         if clock is not None:
             self.clock.load_state(clock)
         self.clock.number, self.applied = 0, 0
@@ -400,15 +473,13 @@ class ServerActor:
             raise PeerLost("the run goes back to an earlier state")
 
     # -------------------------------------------------------------------------------------------------------- exchange
-    async def push(self, head: Any, gradient: Array) -> tuple[Reply, Array]:
+    async def push(self, head: Any, gradient: Array) -> Answer:
         """Hold a slice, wait until its entry is applied; the reply and this shard's new weights."""
-        from distml.exchange.flat import from_numpy
-
         self._check_open()
-        rank, ticket = head if isinstance(head, tuple) else (head.rank, head.ticket)
-        # Ray's memory is read-only and shared; sums are taken in place.
-        self.shard.hold(rank, ticket, from_numpy(gradient))
-        answer: asyncio.Future[tuple[Reply, Array]]
+        rank, ticket, phase = head if isinstance(head, tuple) else (head.rank, head.ticket, head.phase)
+        if phase != PULL:
+            self.shard.hold(rank, ticket, borrowed(gradient))
+        answer: asyncio.Future[Answer]
         answer = self.waiting[rank, ticket] = asyncio.get_running_loop().create_future()
         if self.index == 0:
             self.injector.reach(self.clock.version)
@@ -469,18 +540,38 @@ class ServerActor:
             await self.turn.wait_for(lambda: self.applied >= number)
 
     def _apply(self, entry: Entry, norm: float | None, reduced: bool) -> None:
-        from distml.exchange.flat import to_numpy
-
         if not reduced:
             self.shard.reduce(entry)
         self.shard.apply(entry, norm)
         self.applied = entry.number
-        weights = to_numpy(self.shard.weights).copy()
-        for member, reply in entry.replies.items():
-            reply.grad_norm = norm
-            answer = self.waiting.pop(member, None)
-            if answer is not None and not answer.done():
-                answer.set_result((reply, weights))
+        if entry.phase == PULL:
+            self._give_up(entry.members)
+        answers = {member: self.waiting.pop(member) for member in entry.members if member in self.waiting}
+        start, piece = self._piece(entry) if answers else (0, [])
+        for member, answer in answers.items():
+            entry.replies[member].grad_norm = norm
+            if not answer.done():
+                answer.set_result((entry.replies[member], start, piece))
+
+    def _piece(self, entry: Entry) -> tuple[int, Array | list[Any]]:
+        """This shard's part of what an entry's members are sent, once for all of them: its start, and the weights.
+
+        A reference in a list is passed on as it is. It keeps the object alive until the last worker has taken it.
+        """
+        from distml.exchange.flat import to_numpy
+        from distml.strategies.parameter_server import answered_range
+
+        first, last = answered_range(self.shard.layout, entry, self.clock.is_sync)
+        start, stop = self.shard.range
+        start, stop = max(start, first), max(start, first, min(stop, last))
+        own = to_numpy(self.shard.weights[start - self.shard.range[0] : stop - self.shard.range[0]])
+        return start, own.copy() if own.nbytes <= INLINE_BYTES else [ray.put(own)]
+
+    def _give_up(self, members: list[tuple[int, int]]) -> None:
+        """Nobody waits for the answers to what these ranks pushed before they joined anew."""
+        for rank, ticket in members:
+            for key in [key for key in self.waiting if key[0] == rank and key[1] < ticket]:
+                self.waiting.pop(key).cancel()
 
     # ------------------------------------------------------------------------------------------------------ membership
     async def leave(self, rank: int) -> tuple[str | None, int]:

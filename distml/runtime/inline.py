@@ -13,7 +13,7 @@ import queue
 import random
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distml.errors import RunError, UsageError
 from distml.events import Event, Failed
-from distml.exchange.channel import Head, PeerLost, Reply
+from distml.exchange.channel import PULL, Head, PeerLost, Reply
 from distml.exchange.flat import from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
 from distml.loop import Trainer, failure, random_states, set_random_states
@@ -29,7 +29,7 @@ from distml.runtime.cut import Cut, join_captures
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda
-from distml.strategies.parameter_server import Clock
+from distml.strategies.parameter_server import Clock, answered_range
 from distml.strategies.shard import Entry, Shard
 from distml.tasks.base import Mean
 from distml.tasks.build import build_task, describe
@@ -143,7 +143,9 @@ class Board:
 
 def _kind(value: Any) -> str:
     """What a rank calls with this value."""
-    return f"all_reduce of {tuple(value.shape)}" if isinstance(value, Tensor) else "all_gather"
+    if isinstance(value, Tensor):
+        return f"all_reduce of {tuple(value.shape)}"
+    return "all_to_all" if isinstance(value, list) else "all_gather"
 
 
 class InlineGroup:
@@ -165,7 +167,15 @@ class InlineGroup:
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Everyone's payload."""
+        self.bytes_sent += (self.size - 1) * len(payload)
         return self.board.meet(self.rank, payload)[1]
+
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """What each rank has for this one."""
+        self.bytes_sent += sum(part.numel() for rank, part in enumerate(parts) if rank != self.rank)
+        copies = {id(part): part.clone() for part in parts}  # the same part may go to all
+        rows = self.board.meet(self.rank, [copies[id(part)] for part in parts])[1]
+        return [row[self.rank] for row in rows]
 
 
 def ring_bytes(vector: Tensor, size: int) -> int:
@@ -178,10 +188,10 @@ class InlineServers:
 
     def __init__(self, job: JobSpec, layout: Layout, agenda: Agenda, num_phases: int) -> None:
         assert isinstance(job.strategy, ParameterServerSpec)
-        self.clock = Clock(job, agenda, num_phases)
+        self.layout, self.clock = layout, Clock(job, agenda, num_phases)
         ranges = [layout.shard(index, job.strategy.servers) for index in range(job.strategy.servers)]
         self.shards = [Shard(job, layout, own, agenda.budget_steps) for own in ranges]
-        self.replies: dict[tuple[int, int], tuple[Reply, Tensor]] = {}
+        self.replies: dict[tuple[int, int], tuple[Reply, int, Tensor]] = {}
 
     def load(self, weights: Tensor, moments: Mapping[str, Tensor], clock: Mapping[str, Any] | None) -> None:
         """Start from whole vectors."""
@@ -193,7 +203,8 @@ class InlineServers:
     def push(self, head: Head, gradient: Tensor) -> None:
         """One gradient arrives at all shards."""
         for index, shard in enumerate(self.shards):
-            shard.hold(head.rank, head.ticket, gradient[shard.phase_slice(head.phase)].clone())
+            if head.phase != PULL:
+                shard.hold(head.rank, head.ticket, gradient[shard.phase_slice(head.phase)].clone())
             self.commit(self.clock.arrive(index, head.rank, head.ticket, head if index == 0 else None))
 
     def commit(self, entries: list[Entry]) -> None:
@@ -203,10 +214,11 @@ class InlineServers:
             norm = math.sqrt(sum(squares)) if entry.needs_norm else None
             for shard in self.shards:
                 shard.apply(entry, norm)
-            weights = self.weights()
+            start, stop = answered_range(self.layout, entry, self.clock.is_sync)
+            weights = self.weights()[start:stop]
             for member, reply in entry.replies.items():
                 reply.grad_norm = norm
-                self.replies[member] = reply, weights
+                self.replies[member] = reply, start, weights
 
     def weights(self) -> Tensor:
         """All shards' weights (a copy)."""
@@ -216,27 +228,51 @@ class InlineServers:
 class InlineChannel:
     """A rank's way to the inline servers."""
 
+    clears_gradients = False
+
     def __init__(self, servers: InlineServers, board: Board, rank: int) -> None:
         self.servers, self.board, self.rank, self.bytes_sent = servers, board, rank, 0
+        self.is_ahead = False  # prefetch: a gradient is under way while another is computed
 
     def exchange(self, head: Head, gradient: Tensor, weights: Tensor) -> Reply:
         """Push, wait until applied, pull."""
         self.servers.push(head, gradient)
-        key, replies = (head.rank, head.ticket), self.servers.replies
-        computing = self.servers.clock.computing
-        self.board.baton.wait(self.rank, lambda: key in replies, f"workers still computing: {sorted(computing)}")
-        reply, newest = replies.pop(key)
-        weights.copy_(newest)
-        self.bytes_sent += (gradient.numel() + weights.numel()) * weights.element_size()
+        self.bytes_sent += gradient.numel() * gradient.element_size()
+        return self.take((head.rank, head.ticket), weights)
+
+    def push(self, head: Head, gradient: Tensor) -> tuple[int, int]:
+        """Push; the first time, the others have their turn before the next gradient is computed."""
+        self.servers.push(head, gradient)
+        self.bytes_sent += gradient.numel() * gradient.element_size()
+        if not self.is_ahead:
+            self.board.baton.wait(self.rank, lambda: True, "its turn")
+        self.is_ahead = True
+        return head.rank, head.ticket
+
+    def take(self, pushed: tuple[int, int], weights: Tensor) -> Reply:
+        """Wait until it is applied, pull."""
+        replies, computing = self.servers.replies, self.servers.clock.computing
+        self.board.baton.wait(self.rank, lambda: pushed in replies, f"workers still computing: {sorted(computing)}")
+        reply, start, newest = replies.pop(pushed)
+        weights[start : start + newest.numel()].copy_(newest)
+        self.bytes_sent += newest.numel() * newest.element_size()
         return reply
 
     def join(self, head: Head, weights: Tensor) -> Reply:
         """Pull the newest version."""
+        self.is_ahead = False
         return self.exchange(head, weights[:0], weights)
 
     def leave(self) -> None:
         """Take no part."""
         self.servers.commit(self.servers.clock.leave(self.rank))
+
+    def load(self, shared: Mapping[str, Any]) -> None:
+        """The servers load for themselves."""
+
+    def captured(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
+        """The servers have it."""
+        return None
 
     def judge(self, version: int, metrics: dict[str, float]) -> str | None:
         """Report an evaluation."""

@@ -251,7 +251,8 @@ class RayRuntime:
         self._ask({f"server {i}": s.load.remote(*state, ranks) for i, s in enumerate(handles)}, "its state")
         self.heard |= {f"server {index}": time.monotonic() for index in self.servers}
 
-    def _connect(self, ranks: list[int]) -> None:
+    def _connect(self, ranks: list[int], segment: tuple[int, int] | None = None) -> None:
+        """Let these workers reach the others; through an open `segment`, if they join others who are at work."""
         host, port = None, 0
         shares, hosts = self.transport.name == "shared_memory", self.transport.hosts
         if self.transport.name == "process_group" or (shares and len(hosts) > 1):
@@ -260,9 +261,10 @@ class RayRuntime:
         handles = [self.servers[index] for index in sorted(self.servers)]
         ways = dict.fromkeys(ranks, Way(host, port, handles, self.generation))
         if shares:
-            ways = {rank: replace(way, segment=segment, pids=[self.facts[r]["pid"] for r in neighbours])
-                    for neighbours, segment in self._segments() for rank, way in ways.items()
-                    if rank in neighbours}  # fmt: skip
+            found = self._segments() if segment is None else [(hosts[0], segment)]
+            ways = {rank: replace(way, segment=one, pids=[self.facts[r]["pid"] for r in neighbours],
+                                  rejoins=segment is not None)
+                    for neighbours, one in found for rank, way in ways.items() if rank in neighbours}  # fmt: skip
         self._ask({f"rank {rank}": self.workers[rank].connect.remote(way) for rank, way in ways.items()},
                   "its connection")  # fmt: skip
 
@@ -443,25 +445,44 @@ class RayRuntime:
 
     def _rejoin(self, rank: int, cut: Cut | None) -> bool:
         """Replace an asynchronous worker while the others go on; False if the run has ended, and it may be missed."""
+        if self.transport.name == "shared_memory":
+            return self._rejoin_host(rank, cut)
         ended, number = self._ask({"server 0": self.servers[0].leave.remote(rank)}, "a worker to be let go")[0]
         if ended:
             return False
         calls = {f"server {i}": s.discard.remote(rank, number) for i, s in self.servers.items()}
         self._ask(calls, "a worker's gradients to be dropped")
+        self._begin_anew(rank, cut)
+        return True
+
+    def _begin_anew(self, rank: int, cut: Cut | None, segment: tuple[int, int] | None = None) -> None:
         self.workers[rank] = self._worker(rank)
         self._build_workers([rank])
         self.generation += 1
-        self._connect([rank])
+        self._connect([rank], segment)
         own = cut.own.get(rank) if cut is not None else None
         shared = self._worker_share(cut) if cut is not None else None
         self._ask({f"rank {rank}": self.workers[rank].load.remote(shared, own)}, "its state to be loaded")
         self._start(rank)
-        return True
+
+    def _rejoin_host(self, rank: int, cut: Cut | None) -> bool:
+        """Replace a worker that was one of the servers in shared memory.
+
+        False if that does not do: nobody is left who has the segment open, it is torn, or the run has ended there.
+        """
+        others = [other for other in self.workers if other != rank]
+        if self.finished or not others:
+            return False
+        calls = {f"rank {others[0]}": self.workers[others[0]].shared_segment.remote()}
+        segment = self._ask(calls, "the others' shared memory")[0]
+        if segment is not None:
+            self._begin_anew(rank, cut, segment)
+        return segment is not None
 
     def _stop_streams(self) -> None:
         """Survivors end their loops: a broken group or interrupted servers end their waits. Others are ended."""
-        for server in self.servers.values():
-            server.interrupt.remote()
+        for process in [*self.servers.values(), *self.workers.values()]:
+            process.interrupt.remote()
         deadline = time.monotonic() + self.job.limits.lost_after_s
         while self.streams and time.monotonic() < deadline:
             ready, _ = ray.wait(list(self.streams.values()), num_returns=1, timeout=POLL_S)

@@ -65,8 +65,6 @@ def why_not_shared(job: JobSpec, hosts: tuple[tuple[int, ...], ...]) -> str | No
     for key in ("compression", "prefetch"):
         if getattr(job.strategy, key, None) and (len(hosts) == 1 or isinstance(job.strategy, ParameterServerSpec)):
             return f"{key} is for a wire"
-    if not job.strategy.is_synchronous:
-        return "not yet under async and ssp"
     if len(hosts) > 1 and isinstance(job.strategy, ParameterServerSpec):
         return f"the workers are on {len(hosts)} hosts"
     if len(hosts) > 1 and max(map(len, hosts)) == 1:

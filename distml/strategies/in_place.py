@@ -22,7 +22,7 @@ from distml.exchange.flat import COUNT, ROWS, TAIL, FlatModel
 from distml.exchange.layout import Layout
 from distml.exchange.shared_memory import Regions, SharedMemoryGroup, host_regions
 from distml.spec.schema import JobSpec
-from distml.strategies.optimizer import FlatOptimizer
+from distml.strategies.optimizer import FlatOptimizer, applied_optimizer
 from distml.strategies.shard import Entry, Shard
 
 PIECE_ELEMENTS = 2**18  # of a shard; with the workers' gradients 1 MiB each
@@ -85,7 +85,7 @@ class InPlaceUpdate:
 
     def _shard(self, own: tuple[int, int], updates: int, budget: int | None) -> Shard:
         weights = self.flat.weights[own[0] : own[1]]
-        optimizer = FlatOptimizer(self.job.optimizer, self.flat.layout, own, weights, budget)
+        optimizer = FlatOptimizer(applied_optimizer(self.job), self.flat.layout, own, weights, budget)
         optimizer.moments = {name: vector[own[0] : own[1]] for name, vector in self.moments.items()}
         shard = Shard(self.job, self.flat.layout, own, budget)
         shard.attach(weights, optimizer, updates)

@@ -14,6 +14,13 @@ evaluation, end of the run). One rule makes all three modes: a gradient is appli
 started before version v + 1 - s, else held; when it may be applied, all held ones are averaged with it by count
 (bounded staleness after Ho et al. 2013, stated in versions). s = 0 is sync, infinity is async.
 
+`prefetch` keeps one answer under way while the next gradient is computed: push k, take answer k - 1, compute k + 1 on
+its weights. A worker then waits only if answer k - 1 is not there when gradient k is done; the clock counts it as
+computing, from the version of answer k - 1, from the moment that gradient k has arrived. Both of its gradients may be
+held at once, and then go into one entry: with a bound too small to go on, all workers block, and so all are released.
+
+`staleness_scaling` divides a gradient's step by max(1, staleness) (Zhang et al. 2016): see `Clock._scale`.
+
 Shapes: S elements of a shard, N of all.
 """
 
@@ -22,18 +29,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from distml.exchange.channel import PULL, Channel, Group, Head, Reply
+from distml.exchange.channel import PULL, Channel, Group, Head, Reply, Wire
 from distml.exchange.flat import TAIL, from_numpy, to_numpy
-from distml.exchange.layout import Array
+from distml.exchange.layout import Array, Layout
+from distml.exchange.shared_memory import Regions
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda, crossed
 from distml.strategies.base import Strategy
-from distml.strategies.optimizer import block_square_norms, clip_scale
+from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
 from distml.strategies.shard import Entry
 
 
@@ -51,10 +59,16 @@ class Clock:
         self.job, self.agenda, self.num_phases = job, agenda, num_phases
         self.is_sync, self.num_servers = job.strategy.is_synchronous, job.strategy.servers
         self.bound = {"sync": 0, "async": math.inf, "ssp": job.strategy.max_staleness or 0}[job.strategy.mode]
+        self.prefetch, self.scales = job.strategy.prefetch, job.strategy.staleness_scaling
         self.version, self.examples, self.number = 0, 0, 0
         self.finished: str | None = None
-        self.computing: dict[int, int] = {}
+        self.computing: dict[int, int] = {}  # rank -> version that its next gradient is of
+        self.awaited: dict[int, int] = {}  # rank -> ticket without whose answer it does not go on
+        self.newest: dict[int, int] = {}  # rank -> version of the newest weights that were sent to it
+        self.away: set[int] = set()  # who evaluates, and then pulls anew
         self.joined: dict[int, int] = {}  # rank -> ticket it joined with; gradients of others are of the dead
+        self.last_tickets: dict[int, int] = {}  # rank -> of its gradients, the last in their own order
+        self.contributed: dict[int, float] = {}  # rank -> examples of its applied gradients
         self.held: list[Head] = []
         self.arrived: dict[tuple[int, int], set[int]] = {}
         self.heads: dict[tuple[int, int], Head] = {}
@@ -66,16 +80,21 @@ class Clock:
     def begin(self, ranks: list[int]) -> None:
         """These workers compute from the current version; before their first gradient nobody is applied alone."""
         self.computing = dict.fromkeys(ranks, self.version)
+        self.newest = dict.fromkeys(ranks, self.version)
         self.joined = dict.fromkeys(ranks, -1)
+        self.awaited, self.away, self.last_tickets = {}, set(), {}
         self.held, self.arrived, self.heads = [], {}, {}
         self.evaluators, self.evaluation_waits = set(), False
+        self.contributed = {rank: self.contributed.get(rank, 0.0) for rank in ranks}
 
     def _join(self, head: Head) -> Entry:
-        """A worker pulls the current version and computes from it."""
-        self.evaluators.discard(head.rank)
-        self.joined[head.rank] = head.ticket
+        """A worker pulls the current version and computes from it; what it pushed before, it has given up."""
+        rank = head.rank
+        self._forget(rank, before=head.ticket)
+        self.joined[rank] = self.last_tickets[rank] = head.ticket
+        self.newest[rank] = self.version
         if self.finished is None:
-            self.computing[head.rank] = self.version
+            self.computing[rank] = self.version
         return self._answer([head])
 
     def leave(self, rank: int) -> list[Entry]:
@@ -83,36 +102,76 @@ class Clock:
         self.computing.pop(rank, None)
         self.joined.pop(rank, None)
         if rank in self.evaluators:
-            self.evaluators.discard(rank)
             self.evaluation_waits = True
+        self._forget(rank)
+        return self._release()
+
+    def _forget(self, rank: int, before: float = math.inf) -> None:
+        """Drop what a worker has under way, up to a ticket."""
+        self.evaluators.discard(rank)
+        self.away.discard(rank)
+        self.awaited.pop(rank, None)
+        self.last_tickets.pop(rank, None)
         self.held = [head for head in self.held if head.rank != rank]
-        for key in [key for key in self.heads | self.arrived if key[0] == rank]:
+        for key in [key for key in self.heads | self.arrived if key[0] == rank and key[1] < before]:
             self.heads.pop(key, None)
             self.arrived.pop(key, None)
-        return self._release()
 
     # ---------------------------------------------------------------------------------------------------------- order
     def arrive(self, server: int, rank: int, ticket: int, head: Head | None = None) -> list[Entry]:
         """A slice has arrived at `server` (server 0 passes the head): the entries that may now be applied."""
+        if ticket < self.joined.get(rank, ticket):
+            return []  # of one who died, and in whose place another has joined since
         key = (rank, ticket)
         self.arrived.setdefault(key, set()).add(server)
         if head is not None:
             self.heads[key] = head
-        if len(self.arrived[key]) < self.num_servers or key not in self.heads:
-            return []
-        del self.arrived[key]
-        head = self.heads.pop(key)
+        entries: list[Entry] = []
+        while (complete := self._next_complete(rank)) is not None:
+            entries += self._accept(complete)
+        return entries
+
+    def _next_complete(self, rank: int) -> Head | None:
+        """The next of this worker's gradients of which all slices are there.
+
+        A worker that prefetches has two under way, whose slices may arrive out of turn; they are taken in turn.
+        """
+        for key in sorted(key for key in self.heads if key[0] == rank):
+            head = self.heads[key]
+            last = self.last_tickets.get(rank)
+            early = self.prefetch and head.phase != PULL and last is not None and head.ticket > last + 1
+            if not early and len(self.arrived[key]) == self.num_servers:
+                del self.heads[key], self.arrived[key]
+                return head
+        return None
+
+    def _accept(self, head: Head) -> list[Entry]:
+        """A whole gradient, or a wish to join, is there."""
+        rank = head.rank
         if head.phase == PULL:
             return [self._join(head)]
-        if ticket < self.joined.get(rank, math.inf):
+        if rank not in self.joined:
             return []  # under way when its worker left: nobody awaits the answer
-        self.computing.pop(rank, None)
+        self.last_tickets[rank] = head.ticket
         if head.carried is not None or head.integers:
             weight = self.carried[rank][2] if rank in self.carried else 0.0
             self.carried[rank] = (head.carried, head.integers, weight + head.count)
             head.carried, head.integers = None, {}
+        self._goes_on(head)
         self.held.append(head)
         return self._release()
+
+    def _goes_on(self, head: Head) -> None:
+        """What a worker does once it has pushed: wait for the answer; or, prefetching, only for the one before it."""
+        rank = head.rank
+        self.computing.pop(rank, None)
+        earlier = [other.ticket for other in self.held if other.rank == rank]
+        if not self.prefetch or head.phase != self.num_phases - 1:
+            self.awaited[rank] = head.ticket
+        elif earlier:
+            self.awaited[rank] = earlier[0]
+        elif rank not in self.away and self.finished is None:
+            self.computing[rank] = self.newest[rank]
 
     def judge(self, rank: int, version: int, metrics: dict[str, float]) -> tuple[str | None, list[Entry]]:
         """An evaluation's verdict; if the run is over by it, whoever waits is released."""
@@ -132,8 +191,9 @@ class Clock:
                 break
             if any(start < self.version + 1 - self.bound for start in self.computing.values()):
                 break
-            phase = self.held[0].phase
-            heads = sorted((head for head in self.held if head.phase == phase), key=lambda head: head.rank)
+            # The first phase first: whoever is in the midst of a step still computes from the step's version.
+            phase = min(head.phase for head in self.held)
+            heads = sorted((h for h in self.held if h.phase == phase), key=lambda head: (head.rank, head.ticket))
             self.held = [head for head in self.held if head.phase != phase]
             entries.append(self._order(phase, heads))
         return entries
@@ -143,6 +203,7 @@ class Clock:
         entry = self._entry(heads[0].phase, heads)
         entry.dropped = True
         for head in heads:
+            self.awaited.pop(head.rank, None)
             entry.replies[head.rank, head.ticket] = Reply(self.version, self.examples, finished=self.finished)
         return entry
 
@@ -154,13 +215,16 @@ class Clock:
 
     def _order(self, phase: int, heads: list[Head]) -> Entry:
         entry = self._entry(phase, heads)
+        if self.scales:
+            self._scale(entry, heads)
         duties: tuple[str, ...] = ()
         if entry.last_phase:
             self.version += 1
             self.examples += round(entry.rows)
-            self.finished = self.agenda.spent(self.version, self.examples) or Strategy.verdict(
-                sum(h.vote for h in heads)
-            )
+            for head in heads:
+                self.contributed[head.rank] = self.contributed.get(head.rank, 0.0) + head.rows
+            votes = sum(head.vote for head in heads)
+            self.finished = self.agenda.spent(self.version, self.examples) or Strategy.verdict(votes)
             duties = self._duties()
         clips = self.is_sync and self.job.optimizer.clip_norm is not None
         reports = entry.last_phase and crossed(entry.version, entry.version + 1, self.job.log.every)
@@ -168,17 +232,43 @@ class Clock:
         entry.clock = self.state() if entry.capture else None
         entry.lasting = "evaluate" in duties or "checkpoint" in duties
         for position, head in enumerate(heads):
-            own = duties if self.is_sync or position == 0 else ()
-            reply = Reply(self.version, self.examples, staleness=entry.version - head.read_version,
-                          finished=self.finished, duties=own)  # fmt: skip
-            if own and not self.is_sync:
-                reply.carried, reply.integers = self._average_carried()
-            entry.replies[head.rank, head.ticket] = reply
-            if "evaluate" in own and not self.is_sync:
-                self.evaluators.add(head.rank)  # it pulls anew afterwards; until then nobody waits for it
-            elif self.finished is None:
-                self.computing[head.rank] = self.version
+            self._reply(entry, head, duties if self.is_sync or position == 0 else ())
         return entry
+
+    def _reply(self, entry: Entry, head: Head, duties: tuple[str, ...]) -> None:
+        """Answer one gradient of an entry, and note what its worker does with the answer."""
+        rank = head.rank
+        reply = Reply(self.version, self.examples, staleness=entry.version - head.read_version, applied=True,
+                      contributed=self.contributed.get(rank, 0.0), finished=self.finished, duties=duties)  # fmt: skip
+        if duties and not self.is_sync:
+            reply.carried, reply.integers = self._average_carried()
+        entry.replies[rank, head.ticket] = reply
+        if entry.last_phase:
+            self.newest[rank] = self.version
+        if "evaluate" in duties and not self.is_sync:
+            self.evaluators.add(rank)
+            self.away.add(rank)  # it pulls anew afterwards; until then nobody waits for it
+        if self.awaited.get(rank) == head.ticket:
+            del self.awaited[rank]
+            if rank not in self.away and self.finished is None:
+                self.computing[rank] = self.version if entry.last_phase else head.read_version
+
+    @staticmethod
+    def _scale(entry: Entry, heads: list[Head]) -> None:
+        """Divide each gradient's step by max(1, staleness) (Zhang et al. 2016, equation 6).
+
+        With gradients g_i that are sums over c_i, and f_i = 1 / max(1, staleness_i), the update is made from the mean
+        gradient sum f_i g_i / sum f_i c_i at the learning rate times f = sum f_i c_i / sum c_i. For SGD that is
+        lr * sum f_i g_i / sum c_i: each contribution is divided by its own staleness. An adaptive rule would undo a
+        factor on the gradient; it is the learning rate's factor that makes its step smaller too.
+        """
+        factors = [1.0 / max(1, entry.version - head.read_version) for head in heads]
+        counts = sum(head.count for head in heads)
+        scaled = sum(factor * head.count for factor, head in zip(factors, heads, strict=True))
+        if len(set(factors)) == 1:
+            entry.lr_factor = factors[0]
+        elif counts:
+            entry.lr_factor, entry.count, entry.factors = scaled / counts, scaled, factors
 
     def _duties(self) -> tuple[str, ...]:
         duties = self.agenda.duties(self.version, self.finished)
@@ -204,7 +294,9 @@ class Clock:
     # ---------------------------------------------------------------------------------------------------------- state
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON values."""
-        return {"version": self.version, "examples": self.examples, "agenda": self.agenda.state()}
+        contributed = [[rank, rows] for rank, rows in sorted(self.contributed.items())]
+        return {"version": self.version, "examples": self.examples, "agenda": self.agenda.state(),
+                "contributed": contributed}  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
@@ -212,6 +304,8 @@ class Clock:
         self.agenda.load_state(state["agenda"])
         self.finished = self.agenda.over(self.version, self.examples)
         self.number, self.carried = 0, {}
+        # Of a checkpoint that another strategy wrote, nobody knows whose gradients it came from.
+        self.contributed = dict(state["contributed"]) if "contributed" in state else {}
 
     def dump(self) -> dict[str, Any]:
         """Everything that the clock knows, for another one to go on in the midst of an exchange.
@@ -221,12 +315,11 @@ class Clock:
         return {
             "version": self.version, "examples": self.examples, "number": self.number, "finished": self.finished,
             "agenda": self.agenda.state(),
-            "computing": list(map(list, self.computing.items())),
-            "joined": list(map(list, self.joined.items())),
+            **{name: [list(row) for row in getattr(self, name).items()] for name in BY_RANK},
             "held": [dump_head(head) for head in self.held],
             "arrived": [[*key, sorted(servers)] for key, servers in self.arrived.items()],
             "heads": [dump_head(head) for head in self.heads.values()],
-            "evaluators": sorted(self.evaluators), "evaluation_waits": self.evaluation_waits,
+            "evaluators": sorted(self.evaluators), "away": sorted(self.away), "evaluation_waits": self.evaluation_waits,
             "carried": {
                 "ranks": [[rank, *row] for rank, row in self.carried.items()],
                 "heads": [[head.carried, head.integers] for head in self.heads.values()],
@@ -238,16 +331,19 @@ class Clock:
         self.version, self.examples, self.number = dump["version"], dump["examples"], dump["number"]
         self.finished, self.evaluation_waits = dump["finished"], dump["evaluation_waits"]
         self.agenda.load_state(dump["agenda"])
-        self.computing = dict(dump["computing"])
-        self.joined = dict(dump["joined"])
+        for name in BY_RANK:
+            setattr(self, name, dict(dump[name]))
         self.held = [Head(*row) for row in dump["held"]]
         self.arrived = {(rank, ticket): set(servers) for rank, ticket, servers in dump["arrived"]}
         heads = [Head(*row) for row in dump["heads"]]
         for head, (vector, integers) in zip(heads, dump["carried"]["heads"], strict=True):
             head.carried, head.integers = vector, integers
         self.heads = {(head.rank, head.ticket): head for head in heads}
-        self.evaluators = set(dump["evaluators"])
+        self.evaluators, self.away = set(dump["evaluators"]), set(dump["away"])
         self.carried = {rank: (vector, integers, weight) for rank, vector, integers, weight in dump["carried"]["ranks"]}
+
+
+BY_RANK = ("computing", "awaited", "newest", "joined", "last_tickets", "contributed")  # a clock's mappings of ranks
 
 
 def dump_head(head: Head) -> list[Any]:
@@ -277,19 +373,48 @@ class ServerGroup:
         vector.copy_(total)
 
 
+def answered_range(layout: Layout, entry: Entry, is_sync: bool) -> tuple[int, int]:
+    """Elements [start, stop) that the members of an entry are sent.
+
+    Under sync nobody else has changed the other phases' weights. Under async and ssp a step's gradients are of one
+    version, pulled whole with its last phase; in between a worker is sent only what its own gradient has changed.
+    """
+    if entry.dropped or (entry.last_phase and not is_sync):
+        return 0, layout.numel
+    return layout.phase_range(entry.phase)
+
+
 class ParameterServer(Strategy):
     """The worker's half: pushes each phase's summed gradient with its count, pulls one version of the weights."""
 
     def _build(self) -> None:
+        assert isinstance(self.job.strategy, ParameterServerSpec)
         self.ticket = 0
-        self.read_version = 0  # of the weights in the replica; between two phases they may be newer than the step's
-        self.is_sync = self.job.strategy.is_synchronous
+        self.read_version = 0  # that the step's gradients are of; what a phase's answer brings may be newer
+        self.is_sync, self.prefetch = self.job.strategy.is_synchronous, self.job.strategy.prefetch
+        self.under_way: Any = None  # prefetch: the gradient whose answer is not taken yet
+        self.has_new_weights = False
         self._group: Group | None = None
 
     def connect(self, group: Group | None, channel: Channel | None) -> None:
         assert channel is not None
-        self.channel = channel
+        self.channel, self.leaves_gradients = channel, not channel.clears_gradients
+        self.under_way = None
         self._group = ServerGroup(channel, self.rank, self.world_size)
+
+    def load_shared(self, shared: Mapping[str, Any]) -> None:
+        super().load_shared(shared)
+        self.channel.load(shared)
+        self.under_way = None
+
+    def shared_state(self) -> dict[str, Any] | None:
+        return self.channel.captured(self.progress.version, self.carried.arrays())
+
+    def regions(self, size: int) -> Regions:
+        from distml.strategies.shared_servers import async_regions
+
+        moments = FlatOptimizer(self.job.optimizer, self.flat.layout, (0, 0), self.flat.weights, None).moments
+        return async_regions(self.flat, self.carried, list(moments), size)
 
     @property
     def group(self) -> Group:
@@ -298,7 +423,11 @@ class ParameterServer(Strategy):
         return self._group if self.is_sync and self._group is not None else Alone()
 
     def rejoin(self) -> None:
-        """Pull the newest version and take part."""
+        """Pull the newest version and take part; but first do what the answer under way, if there is one, asks for."""
+        if self.under_way is not None:
+            self._take_under_way()
+            if self.duties or self.finished is not None:
+                return
         head = Head(self.rank, self.ticket, PULL, self.progress.version, 0.0)
         self.ticket += 1
         reply = self.channel.join(head, self.flat.weights)
@@ -306,7 +435,14 @@ class ParameterServer(Strategy):
         self._advance(reply.version, reply.examples, reply.finished, ())
 
     def leave(self) -> None:
+        self.under_way = None  # of a gradient that came after the end
         self.channel.leave()
+
+    def step(self) -> None:
+        if self.has_new_weights:
+            super().step()
+        else:
+            self.meter.steps += 1  # the first gradient of those that are prefetched has no answer yet
 
     def _exchange(self, phase: int, count: float, last: bool) -> None:
         gradient = self.flat.phase_message(phase)[:-TAIL]
@@ -319,18 +455,39 @@ class ParameterServer(Strategy):
             head.carried, head.integers = to_numpy(self.carried.average_vector()).copy(), self.carried.integers()
         self.ticket += 1
         before = self.channel.bytes_sent
-        reply = self.channel.exchange(head, gradient, self.flat.weights)
+        if last and self.prefetch:
+            self._push_ahead(head, gradient)
+        else:
+            self._consume(self.channel.exchange(head, gradient, self.flat.weights), last)
         self.meter.bytes_sent += self.channel.bytes_sent - before
-        self.read_version = reply.version
+
+    def _push_ahead(self, head: Head, gradient: Tensor) -> None:
+        """Push this gradient, and go on with the answer to the one before."""
+        pushed = cast(Wire, self.channel).push(head, gradient)
+        self.has_new_weights, self.duties = self.under_way is not None, ()
+        if self.under_way is not None:
+            self._take_under_way()
+        self.under_way = pushed
+
+    def _take_under_way(self) -> None:
+        handle, self.under_way = self.under_way, None
+        self._consume(cast(Wire, self.channel).take(handle, self.flat.weights), last=True)
+
+    def _consume(self, reply: Reply, last: bool) -> None:
+        """Go on from an answer; its weights are in the replica."""
+        self.has_new_weights = True
         if reply.grad_norm is not None:
             self.meter.grad_norm = reply.grad_norm
-        if last:
-            self.meter.staleness_total += reply.staleness
-            self.meter.staleness_max = max(self.meter.staleness_max, reply.staleness)
-            if reply.carried is not None:
-                self.carried.set_average(from_numpy(reply.carried))
-                self.carried.load(reply.integers)
-            self._advance(reply.version, reply.examples, reply.finished, reply.duties)
+        if not last:
+            return
+        self.read_version = reply.version
+        if reply.applied:
+            self.meter.add_staleness(reply.staleness)
+            self.meter.contributed = reply.contributed
+        if reply.carried is not None:
+            self.carried.set_average(from_numpy(reply.carried))
+            self.carried.load(reply.integers)
+        self._advance(reply.version, reply.examples, reply.finished, reply.duties)
 
     def average_carried(self) -> None:
         if self.is_sync:
@@ -346,5 +503,7 @@ class ParameterServer(Strategy):
             super().judge(metrics)
             if self.rank == 0:
                 self.channel.judge(self.progress.version, metrics)
-        else:
-            self.finished = self.channel.judge(self.progress.version, metrics)
+            return
+        verdict = self.channel.judge(self.progress.version, metrics)
+        if self.under_way is None or verdict in ("goal", "patience"):
+            self.finished = verdict  # else the answer under way says so, and whether its version is the last one

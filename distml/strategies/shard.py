@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from distml.exchange.channel import Reply
+from distml.exchange.channel import PULL, Reply
 from distml.exchange.flat import to_numpy
 from distml.exchange.layout import Layout
 from distml.spec.schema import JobSpec
-from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
+from distml.strategies.optimizer import FlatOptimizer, applied_optimizer, block_square_norms, clip_scale
 
 
 @dataclass
@@ -33,6 +34,8 @@ class Entry:
         capture: keep the shard's state after this entry under the new version.
         clock: the clock's state after it, if it is captured.
         lasting: somebody will come for the capture, maybe late: it is evaluated, or becomes a checkpoint.
+        lr_factor: what the learning rate is multiplied by (`staleness_scaling`).
+        factors: of each member's gradient in the sum, where they differ; `count` is then of the sum that they weight.
         replies: by member: a worker that prefetches may have two gradients in one entry.
     """
 
@@ -48,6 +51,8 @@ class Entry:
     clock: dict[str, Any] | None = None
     lasting: bool = False
     dropped: bool = False
+    lr_factor: float = 1.0
+    factors: list[float] | None = None
     replies: dict[tuple[int, int], Reply] = field(default_factory=dict)
 
 
@@ -67,12 +72,13 @@ class Shard:
         self.reduced: Tensor | None = None
         self.captures: dict[int, dict[str, Any]] = {}
         self.lasting: set[int] = set()
+        self.sums: Tensor | None = None  # where sums are taken; None: in the place of an entry's first gradient
 
     def load(self, weights: Tensor, moments: Mapping[str, Tensor], updates: int) -> None:
         """Take this shard's slices of whole vectors [N]; missing moments start at zero."""
         start, stop = self.range
         own = weights[start:stop].clone()
-        optimizer = FlatOptimizer(self.job.optimizer, self.layout, self.range, own, self.budget)
+        optimizer = FlatOptimizer(applied_optimizer(self.job), self.layout, self.range, own, self.budget)
         for name, vector in optimizer.moments.items():
             if name in moments:
                 vector.copy_(moments[name][start:stop])
@@ -83,6 +89,7 @@ class Shard:
         self.weights, self.optimizer = weights, optimizer
         self.optimizer.updates = updates
         self.gradients, self.captures, self.reduced = {}, {}, None
+        self.joined: dict[int, int] = {}
 
     def phase_slice(self, phase: int) -> slice:
         """Where this shard's part of a phase lies within the phase's own vector."""
@@ -90,21 +97,29 @@ class Shard:
 
     def hold(self, rank: int, ticket: int, gradient: Tensor) -> None:
         """Keep a gradient's slice until its entry comes."""
-        self.gradients[rank, ticket] = gradient
+        if ticket >= self.joined.get(rank, ticket):
+            self.gradients[rank, ticket] = gradient
 
     def discard(self, rank: int) -> None:
         """Drop what a worker that left has pushed."""
         self.gradients = {key: value for key, value in self.gradients.items() if key[0] != rank}
 
+    def admit(self, rank: int, ticket: int) -> None:
+        """A worker joins with this ticket: what was pushed under its rank before, or still arrives, is of the dead."""
+        self.joined[rank] = ticket
+        self.gradients = {key: value for key, value in self.gradients.items() if key[0] != rank or key[1] >= ticket}
+
     def reduce(self, entry: Entry) -> list[float]:
         """Sum the entry's gradients in rank order, divide by the count; the blocks' squared norms, if needed."""
-        parts = [self.gradients.pop(member) for member in entry.members]
         if entry.dropped:
+            for rank, ticket in entry.members:
+                self.gradients.pop((rank, ticket), None)
+                if entry.phase == PULL:
+                    self.admit(rank, ticket)
             return []
-        total = parts[0]
-        for part in parts[1:]:
-            total = total.add_(part)
-        self.reduced = total.div_(entry.count) if entry.count else total
+        parts = [self.gradients.pop(member) for member in entry.members]
+        out = parts[0] if self.sums is None else self.sums[: parts[0].numel()]
+        self.reduced = mean(parts, entry.count, entry.factors, out)
         return block_square_norms(self.layout, self.reduced, self.range, entry.phase) if entry.needs_norm else []
 
     def apply(self, entry: Entry, norm: float | None) -> None:
@@ -115,7 +130,7 @@ class Shard:
             scale = clip_scale(norm, self.job.optimizer.clip_norm)
             if scale < 1.0:
                 self.reduced.mul_(scale)
-        self.optimizer.update(self.weights, self.reduced, entry.phase, entry.version)
+        self.optimizer.update(self.weights, self.reduced, entry.phase, entry.version, entry.lr_factor)
         self.reduced = None
         if entry.last_phase:
             self.optimizer.step_done()
@@ -146,6 +161,21 @@ class Shard:
 
 
 KEPT_CAPTURES = 4
+
+
+def mean(parts: list[Tensor], count: float, factors: list[float] | None, out: Tensor) -> Tensor:
+    """The sum of gradients, each times its factor, in their order, divided by `count`; in `out`, maybe the first."""
+    if factors is not None:
+        torch.mul(parts[0], factors[0], out=out)
+        for part, factor in zip(parts[1:], factors[1:], strict=True):
+            out.add_(part, alpha=factor)
+        return out.div_(count)
+    if len(parts) > 1:
+        torch.add(parts[0], parts[1], out=out)
+        for part in parts[2:]:
+            out.add_(part)
+        return out.div_(count) if count else out
+    return torch.div(parts[0], count, out=out) if count else out.copy_(parts[0])
 
 
 def shard_slice(layout: Layout, shard: tuple[int, int], phase: int) -> slice:

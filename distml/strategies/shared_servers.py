@@ -1,0 +1,390 @@
+"""Asynchronous parameter servers in shared memory, without a server: whoever holds the lock is the servers.
+
+    worker: backward ▶ lock ▶ clock.arrive ▶ for each entry: a free buffer := update(newest buffer, gradients) ▶ publish
+            ▶ unlock ▶ go on with the very buffer that was published
+
+Weights are never changed in place and never copied for a pull: every update writes a version of its own into a buffer
+that nobody reads, and a worker computes on the buffer it was answered with until its next exchange. W workers read at
+most W buffers, so W + 1 are enough. The clock is the one that server actors have; its bookkeeping lies in the segment
+as JSON, in two places of which the unfinished one is never the valid one.
+
+Who unblocks whom: the kernel hands on the lock (flock) when its holder dies. A worker that died under it may have left
+moments or sums torn: whoever comes next sees the mark, and the group breaks up to go back to a snapshot. One that died
+elsewhere is noticed by the next to come, who lets the clock know.
+
+Shapes: W workers, N elements.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from distml.exchange.channel import Head, PeerLost, Reply
+from distml.exchange.flat import TAIL, Carried, FlatModel, from_numpy, to_numpy
+from distml.exchange.layout import Array
+from distml.exchange.shared_memory import POLL_S, Host, Regions, Words, host_regions
+from distml.spec.schema import JobSpec, ParameterServerSpec
+from distml.strategies.agenda import Agenda
+from distml.strategies.in_place import pieces
+from distml.strategies.optimizer import FlatOptimizer
+from distml.strategies.parameter_server import Clock
+from distml.strategies.shard import Entry, Shard
+
+BOOK_BYTES = 2**20  # of JSON: the clock, and answers that wait to be taken
+CAPTURES = 2
+RELEASED, EVENTS, WRITING, PLACE = range(4)  # words of "server_words"
+
+
+def async_regions(flat: FlatModel, carried: Carried, moments: list[str], size: int) -> Regions:
+    """The segment of `size` workers: everyone's gradients, buffers of weights, moments and captures of them."""
+    numel, kind = flat.layout.numel, str(flat.weights.dtype).removeprefix("torch.")
+    return Regions.build(
+        [
+            *host_regions(size),
+            ("server_words", 4 * Words.PER_LINE, "uint32"),
+            ("pids", size, "int64"),
+            ("books", 2 * BOOK_BYTES, "uint8"),
+            ("carried", size * carried.average_vector().numel(), "float64"),
+            *((f"gradients-{index}", flat.gradients.numel(), kind) for index in range(size)),
+            *((f"weights-{index}", numel, kind) for index in range(size + 1)),
+            *((f"moment-{name}", numel, kind) for name in moments),
+            *((f"capture-{slot}-{name}", numel, kind) for slot in range(CAPTURES) for name in moments),
+        ]
+    )
+
+
+@dataclass
+class Book:
+    """What the holder of the lock knows besides the clock; JSON values.
+
+    Attributes:
+        newest: the buffer of the newest version.
+        readers: rank -> the buffer that it computes on.
+        answers: [rank, ticket, reply, buffer] that wait to be taken.
+        updates: steps of the optimiser.
+        captures: [version, clock's state, updates] of the moments in each slot, or None.
+    """
+
+    newest: int = 0
+    readers: dict[int, int] = field(default_factory=dict)
+    answers: list[list[Any]] = field(default_factory=list)
+    updates: int = 0
+    captures: list[list[Any] | None] = field(default_factory=lambda: [None] * CAPTURES)
+
+
+class SharedServers:
+    """A worker's way to the servers that the workers themselves are (a `Channel`).
+
+    Args:
+        job: the spec.
+        flat, carried: of the replica; its gradients move into the segment, its weights with each answer.
+        agenda: budgets, evaluations, duties.
+        num_phases: exchanges per step.
+        host: this worker's.
+        state: how to begin: "new" by the one who created the segment, "joined" by who connects with it, "rejoined"
+            by one that takes a dead worker's place.
+        generation: how often the run has been connected.
+    """
+
+    clears_gradients = True
+
+    def __init__(
+        self, job: JobSpec, flat: FlatModel, carried: Carried, agenda: Agenda, num_phases: int, host: Host,
+        state: str, generation: int,
+    ) -> None:  # fmt: skip
+        assert isinstance(job.strategy, ParameterServerSpec)
+        self.job, self.flat, self.host, self.rank = job, flat, host, host.ranks[host.index]
+        self.bytes_sent, self.generation, self.creates = 0, generation, state == "new"
+        segment = host.segment
+        self.words = Words(segment.array("server_words"))
+        self.books = segment.array("books").reshape(2, BOOK_BYTES)
+        self.pids = segment.array("pids")
+        self.everyones = [segment.tensor(f"gradients-{index}") for index in range(host.size)]
+        self.buffers = [segment.tensor(f"weights-{index}") for index in range(host.size + 1)]
+        self.carried_rows = segment.array("carried").reshape(host.size, -1)
+        self.clock = Clock(job.model_copy(update={"strategy": job.strategy.model_copy(update={"servers": 1})}),
+                           agenda, num_phases)  # fmt: skip
+        self.book = Book()
+        self._lay_out(agenda.budget_steps)
+        if state == "new":
+            self._begin(flat.weights, None)
+        if state == "rejoined":
+            with self._locked(f"rank {self.rank} to take its place again"):
+                self._forget(self.rank)
+        self.pids[host.index] = os.getpid()
+        flat.bind(flat.weights.clone(), self.everyones[host.index])
+
+    def _lay_out(self, budget: int | None) -> None:
+        job, layout, segment = self.job, self.flat.layout, self.host.segment
+        self.shards = []
+        for own in pieces(layout, 0, 1):
+            part = slice(*own)
+            optimizer = FlatOptimizer(job.optimizer, layout, own, self.buffers[0][part], budget)
+            optimizer.moments = {name: segment.tensor(f"moment-{name}")[part] for name in optimizer.moments}
+            shard = Shard(job, layout, own, budget)
+            shard.attach(self.buffers[0][part], optimizer, 0)
+            self.shards.append(shard)
+        self.moment_names = list(self.shards[0].optimizer.moments)
+
+    # ----------------------------------------------------------------------------------------------------------- state
+    def _begin(self, weights: Tensor, shared: Mapping[str, Any] | None) -> None:
+        """Before anybody takes part: the first version, moments and the clock."""
+        self.book = Book()
+        self.buffers[0].copy_(weights)
+        if shared is not None:
+            for name in self.moment_names:
+                self.host.segment.tensor(f"moment-{name}").copy_(from_numpy(shared["moments"][name]))
+            self.clock.load_state(shared["clock"])
+            self.book.updates = shared["clock"]["updates"]
+        self.clock.begin(list(self.host.ranks))
+        self._write()
+
+    def load(self, shared: Mapping[str, Any]) -> None:
+        """Begin from a shared half; one worker does it for all."""
+        if self.creates:
+            self._begin(from_numpy(shared["weights"]), shared)
+
+    def captured(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
+        """The shared half at the version that this worker reads, or None if its moments are no longer there."""
+        awaited = "its turn to keep a state"
+        with self._locked(awaited):
+            rows = list(self.book.captures)
+        found = next((slot for slot, row in enumerate(rows) if row and row[0] == version), None)
+        if found is None:
+            return None
+        moments = {name: self.host.segment.array(f"capture-{found}-{name}").copy() for name in self.moment_names}
+        with self._locked(awaited):
+            if self.book.captures[found] != rows[found]:  # overwritten meanwhile: the others do not wait for copies
+                return None
+        _, clock, updates = rows[found] or []
+        return {"weights": to_numpy(self.flat.weights).copy(), "moments": moments, "carried": carried,
+                "clock": {**clock, "updates": updates}}  # fmt: skip
+
+    def _capture(self, entry: Entry) -> None:
+        taken = [row[0] if row else -1 for row in self.book.captures]
+        slot = taken.index(min(taken))
+        self.book.captures[slot] = None
+        for name in self.moment_names:
+            segment = self.host.segment
+            segment.tensor(f"capture-{slot}-{name}").copy_(segment.tensor(f"moment-{name}"))
+        self.book.captures[slot] = [entry.version + 1, entry.clock, self.book.updates]
+
+    # -------------------------------------------------------------------------------------------------------- the lock
+    @contextmanager
+    def _locked(self, awaited: str) -> Iterator[None]:
+        """The bookkeeping is this worker's inside, and written down afterwards.
+
+        Raises:
+            PeerLost: somebody died while he wrote, the group has broken up, or the limit is over.
+        """
+        self._lock(awaited)
+        try:
+            if self.words.get(WRITING):
+                self.host.abort()
+                raise PeerLost(f"rank {self.rank} waited for {awaited}: a worker died in the midst of an update")
+            self.words.set(WRITING, 1)
+            self._read()
+            for rank in self._dead():
+                self._forget(rank)
+            yield
+            self._write()
+            self.words.set(WRITING, 0)
+        finally:
+            fcntl.flock(self.host.segment.descriptor, fcntl.LOCK_UN)
+            self.words.set(RELEASED, time.monotonic_ns())
+
+    def _lock(self, awaited: str) -> None:
+        deadline = time.monotonic() + self.host.timeout_s
+        while True:
+            self.host.check(awaited)
+            released = self.words.get(RELEASED)
+            try:
+                fcntl.flock(self.host.segment.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self.words.sleep(RELEASED, released, POLL_S)
+            if time.monotonic() > deadline:
+                raise PeerLost(f"rank {self.rank} waited {self.host.timeout_s:g} s for the lock ({awaited})")
+
+    def _dead(self) -> list[int]:
+        """Ranks that have died since anybody looked; who took a place again is watched anew."""
+        dead = []
+        for index, rank in enumerate(self.host.ranks):
+            if rank == self.rank:
+                continue
+            pid = int(self.pids[index])
+            if pid == 0:  # another worker has seen to it
+                self.host.unwatch(rank)
+            elif not self.host.watch(rank, pid):
+                dead.append(rank)
+        dead += self.host.dead()
+        for rank in dead:
+            self.host.unwatch(rank)
+            self.pids[self.host.ranks.index(rank)] = 0
+        return dead
+
+    def _forget(self, rank: int) -> None:
+        """A worker is gone: the clock lets it go, its buffer is free."""
+        self.book.readers.pop(rank, None)
+        self.book.answers = [row for row in self.book.answers if row[0] != rank]
+        self._commit(self.clock.leave(rank))
+
+    def _read(self) -> None:
+        place = self.words.get(PLACE)
+        length = int(self.books[place % 2, :8].view(np.int64)[0])
+        found = json.loads(self.books[place % 2, 8 : 8 + length].tobytes())
+        found["book"]["readers"] = {int(rank): buffer for rank, buffer in found["book"]["readers"].items()}
+        self.book = Book(**found["book"])
+        clock = found["clock"]
+        clock["carried"] = {"heads": [], "ranks": [
+            [rank, self.carried_rows[self.host.ranks.index(rank)].copy() if has else None, unlist(integers), weight]
+            for rank, has, integers, weight in clock["carried"]]}  # fmt: skip
+        self.clock.restore(clock)
+
+    def _write(self) -> None:
+        clock = self.clock.dump()
+        rows = clock["carried"]["ranks"]
+        for rank, vector, _, _ in rows:
+            if vector is not None:
+                self.carried_rows[self.host.ranks.index(rank)] = vector
+        clock["carried"] = [[rank, vector is not None, listed(integers), weight]
+                            for rank, vector, integers, weight in rows]  # fmt: skip
+        text = json.dumps({"book": vars(self.book), "clock": clock}).encode()
+        if len(text) > BOOK_BYTES - 8:
+            raise RuntimeError(f"the servers' bookkeeping has grown to {len(text)} bytes, {BOOK_BYTES} are there")
+        place = self.words.get(PLACE) + 1
+        self.books[place % 2, 8 : 8 + len(text)] = np.frombuffer(text, np.uint8)
+        self.books[place % 2, :8].view(np.int64)[0] = len(text)
+        self.words.set(PLACE, place)
+
+    # -------------------------------------------------------------------------------------------------------- exchange
+    def exchange(self, head: Head, gradient: Tensor, weights: Tensor) -> Reply:
+        """Have one phase's gradient applied, and read the new version from now on."""
+        head.ticket += self.generation * 10**9
+        with self._locked(f"the turn of its gradient {head.ticket}"):
+            self.book.readers.pop(self.rank, None)
+            self._commit(self.clock.arrive(0, self.rank, head.ticket, head))
+            answer, events = self._take(head.ticket), self.words.get(EVENTS)
+        deadline = time.monotonic() + self.host.timeout_s
+        while answer is None:
+            awaited = f"workers still computing: {sorted(self.clock.computing)}"
+            self.words.sleep(EVENTS, events, POLL_S)
+            with self._locked(awaited):
+                answer, events = self._take(head.ticket), self.words.get(EVENTS)
+            if time.monotonic() > deadline:
+                raise PeerLost(f"rank {self.rank} waited {self.host.timeout_s:g} s for {awaited}")
+        self.bytes_sent += gradient.numel() * gradient.element_size()
+        reply, buffer = answer
+        self.flat.point_to(self.buffers[buffer])
+        return reply
+
+    def join(self, head: Head, weights: Tensor) -> Reply:
+        """Read the newest version."""
+        return self.exchange(head, weights[:0], weights)
+
+    def leave(self) -> None:
+        """Take no part."""
+        with self._locked("its turn to leave"):
+            self._forget(self.rank)
+
+    def judge(self, version: int, metrics: dict[str, float]) -> str | None:
+        """Report an evaluation."""
+        with self._locked("its turn to report an evaluation"):
+            verdict, entries = self.clock.judge(self.rank, version, metrics)
+            self._commit(entries)
+        return verdict
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        """Every worker's payload, in rank order."""
+        return self.host.exchange(payload)
+
+    def _take(self, ticket: int) -> tuple[Reply, int] | None:
+        for row in self.book.answers:
+            rank, own, reply, buffer = row
+            if (rank, own) == (self.rank, ticket):
+                self.book.answers.remove(row)
+                carried = None if reply["carried"] is None else np.asarray(reply["carried"], np.float64)
+                values = {**reply, "carried": carried, "duties": tuple(reply["duties"]),
+                          "integers": unlist(reply["integers"])}  # fmt: skip
+                return Reply(**values), buffer
+        return None
+
+    def _commit(self, entries: list[Entry]) -> None:
+        """Apply entries in their order, and lay out the answers."""
+        for entry in entries:
+            norm = None if entry.dropped else self._apply(entry)
+            for rank, ticket in entry.members:
+                reply = entry.replies[rank, ticket]
+                reply.grad_norm = norm
+                listed_carried = None if reply.carried is None else reply.carried.tolist()
+                values = {**asdict(replace(reply, carried=None, integers={})), "carried": listed_carried,
+                          "integers": listed(reply.integers)}  # fmt: skip
+                self.book.answers.append([rank, ticket, values, self.book.newest])
+                self.book.readers[rank] = self.book.newest
+        if entries:
+            self.words.set(EVENTS, self.words.get(EVENTS) + 1)
+
+    def _apply(self, entry: Entry) -> float | None:
+        """Write the next version into a buffer that nobody reads; the mean gradient's norm, if it is needed."""
+        used = {self.book.newest, *self.book.readers.values()}
+        target = next(index for index in range(len(self.buffers)) if index not in used)
+        start, stop = self.flat.layout.phase_range(entry.phase)
+        messages = {rank: self.everyones[self.host.ranks.index(rank)][start + TAIL * entry.phase :][: stop - start]
+                    for rank, _ in entry.members}  # fmt: skip
+        squares: list[float] = []
+        kept = replace(entry, capture=False)
+        for shard in self.shards:
+            part = slice(*shard.range)
+            shard.weights = self.buffers[target][part]
+            shard.weights.copy_(self.buffers[self.book.newest][part])
+            shard.optimizer.updates = self.book.updates
+            own = shard.phase_slice(entry.phase)
+            for rank, ticket in entry.members:
+                shard.hold(rank, ticket, messages[rank][own])
+            squares += shard.reduce(kept)
+            shard.apply(kept, None)
+            for message in messages.values():
+                message[own].zero_()
+        self.book.newest = target
+        self.book.updates += entry.last_phase
+        if entry.capture:
+            self._capture(entry)
+        return math.sqrt(sum(squares)) if entry.needs_norm else None
+
+
+def listed(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    """Integer arrays as JSON values."""
+    return {name: [str(array.dtype), array.tolist()] for name, array in arrays.items()}
+
+
+def unlist(values: Mapping[str, Any]) -> dict[str, Array]:
+    """The inverse of `listed`."""
+    return {name: np.asarray(value, dtype) for name, (dtype, value) in values.items()}
+
+
+def is_intact(segment_descriptor: int, words: Words, seconds: float) -> bool:
+    """Whether the bookkeeping is whole, seen by somebody who takes no part; waits for the lock so long."""
+    own = os.open(f"/proc/self/fd/{segment_descriptor}", os.O_RDWR | os.O_CLOEXEC)
+    deadline = time.monotonic() + seconds
+    try:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(POLL_S / 10)
+                continue
+            return not words.get(WRITING)
+        return False
+    finally:
+        os.close(own)
