@@ -11,7 +11,9 @@ import datetime
 import math
 import os
 import socket
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -71,14 +73,44 @@ class ProcessGroup:
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Every rank's payload: lengths first, then bytes padded to the longest."""
-        lengths = torch.zeros(self.size, dtype=torch.int64)
-        lengths[self.rank] = len(payload)
-        self.all_reduce(lengths)
-        longest = max(1, int(lengths.max()))
-        board = torch.zeros(self.size, longest, dtype=torch.uint8)
-        board[self.rank, : len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else 0
-        self.all_reduce(board)
-        return [bytes(row[:length].numpy()) for row, length in zip(board, lengths.tolist(), strict=True)]
+        length = torch.tensor([len(payload)], dtype=torch.int64)
+        lengths = [int(one) for one in self._gather(length)]
+        own = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+        own[: len(payload)].numpy()[:] = np.frombuffer(payload, np.uint8)
+        rows = self._gather(own)
+        self.bytes_sent += (self.size - 1) * len(payload)  # as a ring sends it, which passes on what it gets
+        return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+    def _gather(self, own: Tensor) -> list[Tensor]:
+        """Everyone's tensor of the same shape, on the CPU."""
+        moved = own.to(self._buffer_device)
+        rows = [torch.empty_like(moved) for _ in range(self.size)]
+        try:
+            dist.all_gather(rows, moved)
+        except RuntimeError as error:
+            raise self._lost("all_gather", error) from error
+        return [row.cpu() for row in rows]
+
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """Send `parts[p]` to rank p; what each rank sent here, in rank order. Empty parts are no messages.
+
+        Args:
+            parts: one for each rank: uint8 [L_p].
+            lengths: bytes that each rank sends here.
+        """
+        received = [part if peer == self.rank else torch.empty(length, dtype=torch.uint8, device=self._buffer_device)
+                    for peer, (part, length) in enumerate(zip(parts, lengths, strict=True))]  # fmt: skip
+        peers = [peer for peer in range(self.size) if peer != self.rank]
+        sent = {peer: parts[peer].to(self._buffer_device) for peer in peers if parts[peer].numel()}
+        calls = [dist.P2POp(dist.irecv, received[peer], peer) for peer in peers if lengths[peer]]
+        calls += [dist.P2POp(dist.isend, part, peer) for peer, part in sent.items()]
+        try:
+            for work in dist.batch_isend_irecv(calls) if calls else ():
+                work.wait()
+        except RuntimeError as error:
+            raise self._lost("all_to_all", error) from error
+        self.bytes_sent += sum(part.numel() for part in sent.values())
+        return received
 
     def _lost(self, operation: str, error: RuntimeError) -> PeerLost:
         self.close()

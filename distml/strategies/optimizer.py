@@ -18,8 +18,9 @@ from torch.optim.adamw import adamw
 from torch.optim.rmsprop import rmsprop
 from torch.optim.sgd import sgd
 
+from distml.exchange.compression.build import corrects_momentum
 from distml.exchange.layout import MAX_BLOCK, Layout
-from distml.spec.schema import AdamSpec, AdamWSpec, OptimizerSpec, RMSpropSpec, ScheduleSpec, SGDSpec
+from distml.spec.schema import AdamSpec, AdamWSpec, JobSpec, OptimizerSpec, RMSpropSpec, ScheduleSpec, SGDSpec
 
 
 def schedule_factor(schedule: ScheduleSpec, version: int, budget: int | None) -> float:
@@ -38,6 +39,22 @@ def schedule_factor(schedule: ScheduleSpec, version: int, budget: int | None) ->
     share = min(1.0, (version - schedule.warmup) / max(1, end - schedule.warmup))
     fall = 1.0 - share if schedule.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))
     return schedule.final + (1.0 - schedule.final) * fall
+
+
+def applied_optimizer(job: JobSpec) -> OptimizerSpec:
+    """The optimiser's block as the update applies it: without the momentum that the workers accumulate (topk).
+
+    What is left is plain SGD. Its weight decay is that of the velocity it replaces, 1 / (1 - m) times as large: the
+    weights change slowly, and a velocity that sums m^k of nearly equal decays is their geometric series.
+    """
+    spec = job.optimizer
+    if not isinstance(spec, SGDSpec) or not corrects_momentum(job):
+        return spec
+    scale = 1.0 / (1.0 - spec.momentum)
+    groups = [group.model_copy(update={"weight_decay": group.weight_decay * scale})
+              if group.weight_decay is not None else group for group in spec.groups]  # fmt: skip
+    changes = {"momentum": 0.0, "nesterov": False, "weight_decay": spec.weight_decay * scale, "groups": groups}
+    return spec.model_copy(update=changes)
 
 
 class FlatOptimizer:
@@ -66,14 +83,15 @@ class FlatOptimizer:
             name: torch.zeros(self.stop - self.start, dtype=like.dtype, device=like.device) for name in names
         }
 
-    def hyperparameters(self, group: int, version: int) -> dict[str, float]:
+    def hyperparameters(self, group: int, version: int, lr_factor: float = 1.0) -> dict[str, float]:
         """The live learning rate and weight decay of a group at `version`."""
         own = self.spec.groups[group - 1] if group else None
         lr = self.spec.lr if own is None or own.lr is None else own.lr
         decay = self.spec.weight_decay if own is None or own.weight_decay is None else own.weight_decay
-        return {"lr": lr * schedule_factor(self.spec.schedule, version, self.budget), "weight_decay": decay}
+        lr *= schedule_factor(self.spec.schedule, version, self.budget) * lr_factor
+        return {"lr": lr, "weight_decay": decay}
 
-    def update(self, weights: Tensor, gradients: Tensor, phase: int, version: int) -> None:
+    def update(self, weights: Tensor, gradients: Tensor, phase: int, version: int, lr_factor: float = 1.0) -> None:
         """One update in place.
 
         Args:
@@ -81,6 +99,7 @@ class FlatOptimizer:
             gradients: the mean gradient of this shard's part of `phase`, in the flat vector's order.
             phase: which elements are updated.
             version: of the weights before the step.
+            lr_factor: what the learning rate is multiplied by, besides the schedule.
         """
         offset = 0
         for segment in self.layout.segments:
@@ -89,7 +108,7 @@ class FlatOptimizer:
                 continue
             own = slice(start - self.start, stop - self.start)
             moments = {name: vector[own] for name, vector in self.moments.items()}
-            values = self.hyperparameters(segment.group, version)
+            values = self.hyperparameters(segment.group, version, lr_factor)
             self._apply(weights[own], gradients[offset : offset + stop - start], moments, values)
             offset += stop - start
 

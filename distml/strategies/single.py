@@ -7,9 +7,10 @@ Dataflow of one phase: gradients and tail [N + TAIL] -> `_reduce` -> mean -> cli
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distml.exchange.channel import Channel, Group
@@ -18,7 +19,7 @@ from distml.exchange.shared_memory import Regions, SharedMemoryGroup
 from distml.strategies.agenda import crossed
 from distml.strategies.base import Strategy
 from distml.strategies.in_place import InPlaceUpdate, sync_regions
-from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
+from distml.strategies.optimizer import FlatOptimizer, applied_optimizer, block_square_norms, clip_scale
 
 
 class Alone:
@@ -33,6 +34,10 @@ class Alone:
         """One rank's payload."""
         return [payload]
 
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """One rank's part."""
+        return list(parts)
+
 
 class Single(Strategy):
     """Every worker that runs this holds the whole optimiser and applies the same update."""
@@ -42,7 +47,8 @@ class Single(Strategy):
     def _build(self) -> None:
         layout = self.flat.layout
         whole = (0, layout.numel)
-        self.optimizer = FlatOptimizer(self.job.optimizer, layout, whole, self.flat.weights, self.agenda.budget_steps)
+        spec = applied_optimizer(self.job)
+        self.optimizer = FlatOptimizer(spec, layout, whole, self.flat.weights, self.agenda.budget_steps)
         self._group: Group = Alone()
         self.in_place: InPlaceUpdate | None = None
 
@@ -115,10 +121,12 @@ class Single(Strategy):
 
     def load_shared(self, shared: Mapping[str, Any]) -> None:
         super().load_shared(shared)
-        moments, updates = shared["moments"], shared["clock"]["updates"]
+        known, updates = shared["moments"], shared["clock"]["updates"]
+        moments = {name: from_numpy(known[name]) if name in known else torch.zeros_like(vector)
+                   for name, vector in self.optimizer.moments.items()}  # fmt: skip
         if self.in_place is not None:
-            self.in_place.load({name: from_numpy(moments[name]) for name in self.in_place.moments}, updates)
+            self.in_place.load(moments, updates)
             return
         for name, vector in self.optimizer.moments.items():
-            vector.copy_(from_numpy(moments[name]))
+            vector.copy_(moments[name])
         self.optimizer.updates = updates
