@@ -178,7 +178,7 @@ def write_spec(name: str, cell: Cell, plan: Plan, hosts: int, folder: Path) -> P
         "evaluate": {"every": NEVER},
         "checkpoint": {"every": NEVER},
         "log": {"every": 10},
-        "resources": {"workers": cell.workers, "placement": "strict_spread" if hosts > 1 else "pack"},
+        "resources": {"workers": cell.workers, "placement": "spread" if hosts > 1 else "pack"},
         "transport": cell.transport,
     }
     path = folder / "spec.yaml"

@@ -94,8 +94,9 @@ def check_numbers(hosts: int, workers: Sequence[int], repeats: int) -> None:
     if hosts not in (1, 2):
         raise UsageError(f"--hosts {hosts} is not possible; choose 1 or 2")
     for number in workers:
-        if number < 1 or (hosts == 2 and number != 2):
-            raise UsageError(f"--workers {number} is not possible with {hosts} host{'s' if hosts > 1 else ''}; use 2")
+        if number < 1 or number % hosts:
+            there = "at least 1" if hosts == 1 else "a multiple of the 2 hosts"
+            raise UsageError(f"--workers {number} is not possible; give {there}")
     if repeats < 1:
         raise UsageError(f"--repeats {repeats} is not possible; give at least 1")
 
@@ -113,7 +114,7 @@ def the_site(hosts: int, rate: str, workers: int) -> Iterator[tuple[Site, Sample
         return
     from distml.bench.hosts import two_hosts
 
-    with two_hosts(rate) as pair, Sampler(lambda: {**used(), **pair.bytes_sent()}) as sampler:
+    with two_hosts(rate, workers // 2) as pair, Sampler(lambda: {**used(), **pair.bytes_sent()}) as sampler:
         yield Site(pair.ray, pair.hosts, pair.environment), sampler
 
 

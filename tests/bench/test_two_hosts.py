@@ -1,0 +1,195 @@
+"""Runs over two real hosts: a network namespace and a node of Ray each, with a shaped link between them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import distml
+from distml.bench import hosts
+from distml.bench.hosts import call, missing, two_hosts
+from distml.errors import UsageError
+from distml.launch.evaluate import load_model
+
+REASON = missing()
+needs_hosts = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+STEPS = 60
+SPEC = {
+    "distml": "v1",
+    "name": "two-hosts",
+    "task": {"name": "classification", "data": "digits", "model": {"name": "mlp", "hidden": [128]}},
+    "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
+    "batch_size": 64,
+    "stop": {"steps": STEPS},
+    "evaluate": {"every": 30},
+    "checkpoint": {"every": 30},
+    "resources": {"workers": 2, "placement": "strict_spread"},
+    "limits": {"heartbeat_s": 1.0, "lost_after_s": 5.0},
+}
+MODEL_BYTES = 4 * (64 * 128 + 128 + 128 * 10 + 10)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with two_hosts("1gbit") as made:
+        yield made
+
+
+def start(pair, folder: Path, strategy, **changes) -> subprocess.Popen[str]:
+    """`distml run` on the first host."""
+    spec = folder / "spec.yaml"
+    spec.write_text(yaml.safe_dump({**SPEC, "strategy": strategy, **changes}))
+    command = [sys.executable, "-m", "distml", "run", str(spec), "--out", str(folder / "run"), "--address", pair.ray]
+    environment = {**os.environ, **pair.environment}
+    return subprocess.Popen(pair.hosts[0].command(command), env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 60.0) -> tuple[int, str]:
+    """Exit code and output."""
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def weights(directory: Path) -> torch.Tensor:
+    """The last checkpoint's, as one vector."""
+    return torch.cat([tensor.flatten() for tensor in load_model(directory).model.state_dict().values()])
+
+
+def inline(folder: Path, strategy, **changes) -> torch.Tensor:
+    """The same run in this process."""
+    distml.run({**SPEC, "strategy": strategy, **changes}, out=folder / "inline", runtime="inline")
+    return weights(folder / "inline")
+
+
+def workers_on(host) -> list[int]:
+    """Process ids of the run's workers on a host: Ray names its processes after their actors."""
+    found = []
+    for pid in host.pids():
+        with contextlib.suppress(OSError):
+            if b"WorkerActor" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+@needs_hosts
+@pytest.mark.parametrize("strategy", ["all_reduce", {"name": "parameter_server", "servers": 2}])
+def test_two_hosts_learn_what_one_process_learns(pair, tmp_path, strategy):
+    before = pair.bytes_sent()["link_bytes"]
+    process = start(pair, tmp_path, strategy)
+    seen = set()
+    while process.poll() is None:
+        seen |= {index for index, host in enumerate(pair.hosts) if workers_on(host)}
+        time.sleep(0.1)
+    code, output = finish(process)
+    assert code == 0, output
+    assert seen == {0, 1}  # a worker on each
+    assert torch.allclose(weights(tmp_path / "run"), inline(tmp_path, strategy), rtol=0, atol=1e-4)
+    assert pair.bytes_sent()["link_bytes"] - before > STEPS * MODEL_BYTES  # the control: it went over the link
+
+
+@needs_hosts
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["all_reduce", "parameter_server"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_worker_on_the_other_host_is_noticed_and_replaced(pair, tmp_path, strategy, number):
+    longer = {"stop": {"steps": 3000}, "evaluate": {"every": 3000}, "checkpoint": {"every": 3000}}
+    process = start(pair, tmp_path, strategy, **longer)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, finish(process)
+        time.sleep(0.02)
+    [victim] = workers_on(pair.hosts[1])
+    os.kill(victim, number)
+    code, output = finish(process, timeout_s=120.0)
+    assert code == 0, output
+    assert "rank" in output
+    assert victim not in workers_on(pair.hosts[1])
+    assert torch.allclose(weights(tmp_path / "run"), inline(tmp_path, strategy, **longer), rtol=0, atol=1e-2)
+
+
+@needs_hosts
+def test_the_link_is_as_fast_as_it_was_told_and_no_faster():
+    """A megabyte at 20 Mbit/s takes 0.4 s, less what fits into the bucket; unshaped it takes milliseconds."""
+    a, b = (hosts.NamespaceHost(f"distml-{os.getpid()}-rate-{letter}", address)
+            for letter, address in zip("ab", hosts.ADDRESSES, strict=True))  # fmt: skip
+    receive = (
+        "import socket, sys; s = socket.create_server((sys.argv[1], 5000)); print(flush=True); c, _ = s.accept()\n"
+        "n = 0\nwhile n < 2**20: n += len(c.recv(65536))\nc.sendall(b'x')"
+    )
+    send = (
+        "import socket, sys, time; s = socket.create_connection((sys.argv[1], 5000), 10); t = time.monotonic()\n"
+        "s.sendall(bytes(2**20)); s.recv(1); print(time.monotonic() - t)"
+    )
+    try:
+        hosts.link((a, b), "20mbit")
+        with subprocess.Popen(
+            b.command([sys.executable, "-c", receive, b.address]), stdout=subprocess.PIPE
+        ) as receiver:
+            receiver.stdout.readline()
+            seconds = float(call(*a.command([sys.executable, "-c", send, b.address])))
+        assert a.bytes_sent() > 2**20 > b.bytes_sent()
+        assert seconds > 0.25
+    finally:
+        hosts.remove(a)
+        hosts.remove(b)
+    assert a.name not in call("ip", "netns", "list")
+
+
+@needs_hosts
+def test_all_that_ran_is_gone_after_a_failure(monkeypatch):
+    made = []
+
+    def no_ray(pair, index, cpus, folder):
+        made.extend([pair, subprocess.Popen(pair.hosts[1].command(["sleep", "600"]))])
+        while not pair.hosts[1].pids():
+            time.sleep(0.01)
+        assert oct(Path(pair.environment["RAY_AUTH_TOKEN_PATH"]).stat().st_mode)[-3:] == "600"
+        raise RuntimeError("Ray does not start")
+
+    monkeypatch.setattr(hosts, "start_node", no_ray)
+    with pytest.raises(RuntimeError, match="does not start"), two_hosts("1gbit"):
+        pass
+    pair, sleeper = made
+    assert sleeper.wait(5.0) == -signal.SIGKILL
+    assert pair.hosts[0].name not in call("ip", "netns", "list")
+    assert not Path(pair.environment["RAY_AUTH_TOKEN_PATH"]).exists()
+
+
+@needs_hosts
+def test_leftovers_of_killed_invocations_are_removed():
+    child = subprocess.Popen(["true"])
+    child.wait()
+    stale, mine = f"distml-{child.pid}-0-a", f"distml-{os.getpid()}-99-a"
+    for name in (stale, mine):
+        call("ip", "netns", "add", name)
+    try:
+        hosts.sweep()
+        names = call("ip", "netns", "list")
+        assert stale not in names
+        assert mine in names
+    finally:
+        call("ip", "netns", "del", mine)
+
+
+def test_without_the_rights_or_tools_it_is_one_line(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(UsageError, match="need root"), two_hosts("1gbit"):
+        pass
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(hosts.shutil, "which", lambda tool: None if tool == "tc" else tool)
+    with pytest.raises(UsageError, match="need 'tc', which is not installed"), two_hosts("1gbit"):
+        pass
