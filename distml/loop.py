@@ -243,7 +243,7 @@ class Trainer:
         strategy.load_shared(shared)
         strategy.meter = Meter()
         strategy.load_own(own.get("strategy", {}) if own is not None else {})
-        if own is None:
+        if own is None or "stream" not in own:
             rounds = strategy.progress.version if self.job.strategy.is_synchronous else (
                 strategy.progress.examples // self.job.batch_size)  # fmt: skip
             if isinstance(self.stream, DatasetStream):

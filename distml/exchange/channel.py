@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from distml.exchange.layout import Array
 
@@ -100,6 +100,10 @@ class Reply:
     contributed: float = 0.0
 
 
+Gradient: TypeAlias = "Tensor | list[Tensor]"
+"""One phase's whole gradient [n]; or, compressed, a payload (uint8) for each server."""
+
+
 class Channel(Protocol):
     """A worker's way to the servers.
 
@@ -109,8 +113,8 @@ class Channel(Protocol):
     bytes_sent: int
     clears_gradients: bool
 
-    def exchange(self, head: Head, gradient: Tensor, weights: Tensor) -> Reply:
-        """Push one phase's gradient (whole vector of the phase), wait until it is applied, overwrite `weights` [N]."""
+    def exchange(self, head: Head, gradient: Gradient, weights: Tensor) -> Reply:
+        """Push one phase's gradient, wait until it is applied, overwrite `weights` [N]."""
         ...
 
     def join(self, head: Head, weights: Tensor) -> Reply:
@@ -141,7 +145,7 @@ class Channel(Protocol):
 class Wire(Channel, Protocol):
     """A channel whose exchange takes its time, and can be done in two halves (`prefetch`)."""
 
-    def push(self, head: Head, gradient: Tensor) -> Any:
+    def push(self, head: Head, gradient: Gradient) -> Any:
         """The first half of `exchange`, what `take` is to be called with. `gradient` may then change."""
         ...
 

@@ -38,7 +38,7 @@ from distml.tasks.sources import SourceTree
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distml.exchange.channel import Head, Reply
+    from distml.exchange.channel import Gradient, Head, Reply
     from distml.strategies.shard import Entry
 
 
@@ -93,22 +93,24 @@ class RayChannel:
         self.generation, self.calls = generation, 0
         self.patience_s = job.limits.lost_after_s
 
-    def exchange(self, head: Head, gradient: Tensor, weights: Tensor) -> Reply:
+    def exchange(self, head: Head, gradient: Gradient, weights: Tensor) -> Reply:
         """Push one slice to each server, wait until the gradient is applied, pull one slice from each."""
         return self.take(self.push(head, gradient), weights)
 
-    def push(self, head: Head, gradient: Tensor) -> tuple[int, list[Any]]:
-        """Push one slice to each server; what to wait for."""
+    def push(self, head: Head, gradient: Gradient) -> tuple[int, list[Any]]:
+        """Push one slice or payload to each server; what to wait for."""
         from distml.exchange.flat import to_numpy
         from distml.strategies.shard import shard_slice
 
         head.ticket += self.generation * 10**9
-        whole = to_numpy(gradient)
-        calls = []
-        for index, server in enumerate(self.servers):
-            own = whole[shard_slice(self.layout, self.ranges[index], head.phase)]
-            calls.append(server.push.remote(head if index == 0 else (head.rank, head.ticket, head.phase), own))
-        self.bytes_sent += whole.nbytes
+        if isinstance(gradient, list):
+            parts = [to_numpy(payload) for payload in gradient]
+        else:
+            whole = to_numpy(gradient)
+            parts = [whole[shard_slice(self.layout, own, head.phase)] for own in self.ranges]
+        calls = [server.push.remote(head if index == 0 else (head.rank, head.ticket, head.phase), parts[index])
+                 for index, server in enumerate(self.servers)]  # fmt: skip
+        self.bytes_sent += sum(part.nbytes for part in parts)
         return head.ticket, calls
 
     def take(self, pushed: tuple[int, list[Any]], weights: Tensor) -> Reply:
@@ -478,7 +480,7 @@ class ServerActor:
         self._check_open()
         rank, ticket, phase = head if isinstance(head, tuple) else (head.rank, head.ticket, head.phase)
         if phase != PULL:
-            self.shard.hold(rank, ticket, borrowed(gradient))
+            self.shard.hold(rank, ticket, self.shard.decoded(phase, borrowed(gradient)))
         answer: asyncio.Future[Answer]
         answer = self.waiting[rank, ticket] = asyncio.get_running_loop().create_future()
         if self.index == 0:

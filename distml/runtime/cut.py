@@ -8,7 +8,7 @@ depends on how many workers or servers wrote it. No torch here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,35 @@ def from_checkpoint(checkpoint: Checkpoint, layout: Layout) -> Cut:
     }
     own = {int(rank): unpack(half, arrays) for rank, half in state["own"].items()}
     return Cut(checkpoint.step, shared, own)
+
+
+def reshard(cut: Cut, size: int) -> Cut:
+    """The same state for `size` workers.
+
+    What strategies keep per worker as `sums` goes from rank r to rank r mod size and is added up there, so that nothing
+    of it is lost; `common` is the lowest rank's for all. A worker that is new has no more than that.
+    """
+    if set(cut.own) == set(range(size)):
+        return cut
+    kept = {rank: half.get("strategy", {}) for rank, half in sorted(cut.own.items())}
+    common = next((state["common"] for state in kept.values() if "common" in state), None)
+    own = {rank: half for rank, half in cut.own.items() if rank < size}
+    if common is not None:
+        for rank in range(size):
+            sums = [state["sums"] for old, state in kept.items() if old % size == rank and "sums" in state]
+            half = own.get(rank, {})
+            state = {**half.get("strategy", {}), "sums": add_trees(sums), "common": common}
+            own[rank] = {**half, "strategy": state}
+    return Cut(cut.version, cut.shared, own, cut.averaged)
+
+
+def add_trees(trees: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mappings of mappings of arrays, added up leaf by leaf."""
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(key for tree in trees for key in tree):
+        leaves = [tree[key] for tree in trees if key in tree]
+        found[key] = add_trees(leaves) if isinstance(leaves[0], Mapping) else sum(leaves[1:], leaves[0])
+    return found
 
 
 def without_carried(own: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from distml.runs.checkpoints import Checkpoint, CheckpointStore, folder_name
 from distml.runs.directory import RunDirectory
 from distml.runs.display import Display
 from distml.runs.tensorboard import TensorBoardWriter
-from distml.runtime.cut import Cut, from_checkpoint, to_checkpoint
+from distml.runtime.cut import Cut, from_checkpoint, reshard, to_checkpoint
 from distml.runtime.group import Lost, WorkerGroup
 from distml.runtime.merge import ReportMerger
 from distml.spec.schema import JobSpec
@@ -101,7 +101,8 @@ class Driver:
         self.description = self.group.build(first)
         self._take_signals()
         if checkpoint is not None:
-            self.cut = from_checkpoint(checkpoint, self.description.layout)
+            whole = from_checkpoint(checkpoint, self.description.layout)
+            self.cut = reshard(whole, self.job.resources.workers)
             self.start_version = self.version = self.cut.version
             self.agenda.evaluations = self._evaluations()
             self.best = self._stored_best()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distml.errors import RunError, UsageError
 from distml.events import Event, Failed
-from distml.exchange.channel import PULL, Head, PeerLost, Reply
+from distml.exchange.channel import PULL, Gradient, Head, PeerLost, Reply
 from distml.exchange.flat import from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
 from distml.loop import Trainer, failure, random_states, set_random_states
@@ -200,12 +200,16 @@ class InlineServers:
         if clock is not None:
             self.clock.load_state(clock)
 
-    def push(self, head: Head, gradient: Tensor) -> None:
-        """One gradient arrives at all shards."""
+    def push(self, head: Head, gradient: Gradient) -> int:
+        """One gradient arrives at all shards; its bytes."""
+        num_bytes = 0
         for index, shard in enumerate(self.shards):
             if head.phase != PULL:
-                shard.hold(head.rank, head.ticket, gradient[shard.phase_slice(head.phase)].clone())
+                own = gradient[index] if isinstance(gradient, list) else gradient[shard.phase_slice(head.phase)]
+                shard.hold(head.rank, head.ticket, shard.decoded(head.phase, own.clone()))
+                num_bytes += own.nbytes
             self.commit(self.clock.arrive(index, head.rank, head.ticket, head if index == 0 else None))
+        return num_bytes
 
     def commit(self, entries: list[Entry]) -> None:
         """Apply entries on all shards, and lay out the answers."""
@@ -234,16 +238,14 @@ class InlineChannel:
         self.servers, self.board, self.rank, self.bytes_sent = servers, board, rank, 0
         self.is_ahead = False  # prefetch: a gradient is under way while another is computed
 
-    def exchange(self, head: Head, gradient: Tensor, weights: Tensor) -> Reply:
+    def exchange(self, head: Head, gradient: Gradient, weights: Tensor) -> Reply:
         """Push, wait until applied, pull."""
-        self.servers.push(head, gradient)
-        self.bytes_sent += gradient.numel() * gradient.element_size()
+        self.bytes_sent += self.servers.push(head, gradient)
         return self.take((head.rank, head.ticket), weights)
 
-    def push(self, head: Head, gradient: Tensor) -> tuple[int, int]:
+    def push(self, head: Head, gradient: Gradient) -> tuple[int, int]:
         """Push; the first time, the others have their turn before the next gradient is computed."""
-        self.servers.push(head, gradient)
-        self.bytes_sent += gradient.numel() * gradient.element_size()
+        self.bytes_sent += self.servers.push(head, gradient)
         if not self.is_ahead:
             self.board.baton.wait(self.rank, lambda: True, "its turn")
         self.is_ahead = True

@@ -281,7 +281,12 @@ class Strategy(ABC):
         return None
 
     def own_state(self) -> dict[str, Any]:
-        """What this worker alone has besides its stream, such as residuals: JSON values and arrays (copies)."""
+        """What this worker alone has besides its stream: JSON values and arrays (copies).
+
+        When a run goes on with another number of workers, arrays under `sums` (such as residuals) are added up over
+        the workers that one takes the place of, and what is under `common` is given to all; the rest stays with its
+        rank.
+        """
         return {}
 
     def load_own(self, state: Mapping[str, Any]) -> None:  # noqa: B027

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from distml.exchange.compression.build import compression_of
 from distml.spec.schema import AllReduceSpec, JobSpec, LocalSGDSpec, ParameterServerSpec
 from distml.strategies.base import Strategy
 
@@ -12,7 +13,13 @@ def build_strategy(
     job: JobSpec, rank: int, world_size: int, device: torch.device, snapshot_every: int | None,
     in_shared_memory: bool = False,
 ) -> Strategy:  # fmt: skip
-    """The worker's half of the job's strategy; in shared memory synchronous workers are the servers of their shards."""
+    """The worker's half of the job's strategy; in shared memory synchronous workers are the servers of their shards.
+
+    With compression a recovery goes back to a checkpoint, not to a snapshot: each of those would carry all workers'
+    residuals, as many bytes as an uncompressed gradient, over the wire that is to be spared.
+    """
+    if compression_of(job) is not None:
+        snapshot_every = None
     servers = isinstance(job.strategy, ParameterServerSpec) and not (in_shared_memory and job.strategy.is_synchronous)
     if servers:
         from distml.strategies.parameter_server import ParameterServer

@@ -34,7 +34,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distml.exchange.channel import PULL, Channel, Group, Head, Reply, Wire
+from distml.exchange.channel import PULL, Channel, Gradient, Group, Head, Reply, Wire
+from distml.exchange.compression.build import build_compressor
 from distml.exchange.flat import TAIL, from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
 from distml.exchange.shared_memory import Regions
@@ -42,7 +43,7 @@ from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda, crossed
 from distml.strategies.base import Strategy
 from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
-from distml.strategies.shard import Entry
+from distml.strategies.shard import Entry, shard_range
 
 
 class Clock:
@@ -395,6 +396,8 @@ class ParameterServer(Strategy):
         self.under_way: Any = None  # prefetch: the gradient whose answer is not taken yet
         self.has_new_weights = False
         self._group: Group | None = None
+        self.num_servers = self.job.strategy.servers
+        self.compressor = build_compressor(self.job, self.flat.layout, self.flat.weights)
 
     def connect(self, group: Group | None, channel: Channel | None) -> None:
         assert channel is not None
@@ -456,12 +459,20 @@ class ParameterServer(Strategy):
         self.ticket += 1
         before = self.channel.bytes_sent
         if last and self.prefetch:
-            self._push_ahead(head, gradient)
+            self._push_ahead(head, self._outgoing(phase, gradient))
         else:
-            self._consume(self.channel.exchange(head, gradient, self.flat.weights), last)
+            self._consume(self.channel.exchange(head, self._outgoing(phase, gradient), self.flat.weights), last)
         self.meter.bytes_sent += self.channel.bytes_sent - before
 
-    def _push_ahead(self, head: Head, gradient: Tensor) -> None:
+    def _outgoing(self, phase: int, gradient: Tensor) -> Gradient:
+        """What is pushed: the gradient, or a payload for each server; what that leaves out is pushed later."""
+        if self.compressor is None:
+            return gradient
+        layout, servers = self.flat.layout, self.num_servers
+        ranges = [shard_range(layout, layout.shard(index, servers), phase) for index in range(servers)]
+        return self.compressor.encode(phase, gradient, ranges)
+
+    def _push_ahead(self, head: Head, gradient: Gradient) -> None:
         """Push this gradient, and go on with the answer to the one before."""
         pushed = cast(Wire, self.channel).push(head, gradient)
         self.has_new_weights, self.duties = self.under_way is not None, ()
@@ -488,6 +499,13 @@ class ParameterServer(Strategy):
             self.carried.set_average(from_numpy(reply.carried))
             self.carried.load(reply.integers)
         self._advance(reply.version, reply.examples, reply.finished, reply.duties)
+
+    def own_state(self) -> dict[str, Any]:
+        return {} if self.compressor is None else self.compressor.state()
+
+    def load_own(self, state: Mapping[str, Any]) -> None:
+        if self.compressor is not None:
+            self.compressor.load_state(state)
 
     def average_carried(self) -> None:
         if self.is_sync:

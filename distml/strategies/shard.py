@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from distml.exchange.channel import PULL, Reply
+from distml.exchange.compression.base import Decoder
+from distml.exchange.compression.build import build_decoder
 from distml.exchange.flat import to_numpy
 from distml.exchange.layout import Layout
 from distml.spec.schema import JobSpec
@@ -72,6 +74,7 @@ class Shard:
         self.reduced: Tensor | None = None
         self.captures: dict[int, dict[str, Any]] = {}
         self.lasting: set[int] = set()
+        self.decoder: Decoder | None = None
         self.sums: Tensor | None = None  # where sums are taken; None: in the place of an entry's first gradient
 
     def load(self, weights: Tensor, moments: Mapping[str, Tensor], updates: int) -> None:
@@ -83,6 +86,7 @@ class Shard:
             if name in moments:
                 vector.copy_(moments[name][start:stop])
         self.attach(own, optimizer, updates)
+        self.decoder = build_decoder(self.job, self.layout, own)
 
     def attach(self, weights: Tensor, optimizer: FlatOptimizer, updates: int) -> None:
         """Work in place on these weights [S] and the optimiser's moments [S]."""
@@ -94,6 +98,16 @@ class Shard:
     def phase_slice(self, phase: int) -> slice:
         """Where this shard's part of a phase lies within the phase's own vector."""
         return shard_slice(self.layout, self.range, phase)
+
+    def decoded(self, phase: int, pushed: Tensor) -> Tensor:
+        """This shard's part [n] of a worker's gradient: what was pushed, or what the payload says."""
+        if self.decoder is None:
+            return pushed
+        start, stop = shard_range(self.layout, self.range, phase)
+        gradient = self.weights.new_empty(stop - start)
+        if start < stop:
+            self.decoder.decode((start, stop), [pushed], gradient)
+        return gradient
 
     def hold(self, rank: int, ticket: int, gradient: Tensor) -> None:
         """Keep a gradient's slice until its entry comes."""
@@ -178,8 +192,14 @@ def mean(parts: list[Tensor], count: float, factors: list[float] | None, out: Te
     return torch.div(parts[0], count, out=out) if count else out.copy_(parts[0])
 
 
-def shard_slice(layout: Layout, shard: tuple[int, int], phase: int) -> slice:
-    """Elements of a phase's vector that lie in a shard."""
+def shard_range(layout: Layout, shard: tuple[int, int], phase: int) -> tuple[int, int]:
+    """Elements [start, stop) of a phase that lie in a shard, in the flat vector."""
     first, last = layout.phase_range(phase)
     start, stop = max(shard[0], first), min(shard[1], last)
-    return slice(start - first, max(start, stop) - first)
+    return start, max(start, stop)
+
+
+def shard_slice(layout: Layout, shard: tuple[int, int], phase: int) -> slice:
+    """The same elements in the phase's own vector."""
+    first, (start, stop) = layout.phase_range(phase)[0], shard_range(layout, shard, phase)
+    return slice(start - first, stop - first)
