@@ -15,6 +15,7 @@ class Report:
 
     Attributes:
         means: name -> (total, count), the task's losses and metrics.
+        staleness: versions -> how many of this worker's gradients were applied that many versions late.
         values: what is not a mean over examples (learning rate, seconds, bytes ...).
     """
 
@@ -25,6 +26,7 @@ class Report:
     train_seconds: float
     means: dict[str, tuple[float, float]] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
+    staleness: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

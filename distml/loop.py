@@ -117,7 +117,7 @@ class Trainer:
     def advance(self, until: int | None = None) -> Iterator[Event]:
         """Train until `until` steps or the end of the run, yielding what the driver should know."""
         strategy = self.strategy
-        strategy.rejoin()
+        yield from self._rejoin()
         strategy.mark()
         while strategy.finished is None and (until is None or strategy.progress.version < until):
             before = strategy.progress.version
@@ -141,8 +141,16 @@ class Trainer:
         self.activity = "stream"
         return to_device(self.stream.next(self.model, self.strategy.progress), self.device)
 
+    def _rejoin(self) -> Iterator[Event]:
+        """Take part from the newest version; an answer that was still under way may ask for something first."""
+        before = self.strategy.progress.version
+        self.strategy.rejoin()
+        if self.strategy.duties:
+            yield from self._after_step(before)
+
     def _after_step(self, before: int) -> Iterator[Event]:
         strategy, duties = self.strategy, self.strategy.duties
+        strategy.duties = ()
         version = strategy.progress.version
         if not self.has_updated:
             self.has_updated = True
@@ -167,7 +175,7 @@ class Trainer:
             if self.speaks:
                 yield Evaluated(self.rank, version, metrics, time.perf_counter() - started, strategy.finished)
         if "evaluate" in duties and not synchronous and strategy.finished is None:
-            strategy.rejoin()
+            yield from self._rejoin()
         strategy.mark()
 
     def _report(self) -> Report:
@@ -181,11 +189,13 @@ class Trainer:
         }  # fmt: skip
         if meter.grad_norm is not None:
             values["grad_norm"] = meter.grad_norm
+        if meter.contributed is not None:
+            values["contributed"] = meter.contributed
         means = {name: (mean.total, mean.count) for name, mean in meter.means.items()}
         self.strategy.meter = Meter()
         progress = strategy.progress
         return Report(self.rank, progress.version, progress.examples, progress.fraction, strategy.train_seconds,
-                      means, values)  # fmt: skip
+                      means, values, meter.staleness_counts)  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------ evaluation
     def evaluate(self, split: str) -> dict[str, float]:

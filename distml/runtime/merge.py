@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distml.events import Report
@@ -27,10 +28,12 @@ class ReportMerger:
         self.versions: dict[int, list[Report]] = {}  # synchronous: version -> the ranks' reports of it
         self.step = self.examples = 0
         self.seconds, self.bytes = 0.0, 0.0
+        self.contributed: dict[int, float] = {}  # rank -> examples of its applied gradients so far
+        self.buckets = 0  # of the histogram of staleness
 
     def restore(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Go on after `step`, with the totals of the rows up to it."""
-        self.waiting, self.versions = {}, {}
+        self.waiting, self.versions, self.contributed = {}, {}, {}
         last: dict[str, Any] = next(
             (row for row in reversed(rows) if row["step"] <= step and "train/examples" in row), {}
         )
@@ -63,7 +66,6 @@ class ReportMerger:
         newest = max(reports, key=lambda report: report.version)
         step, examples = max(self.step, newest.version), max(self.examples, newest.examples)
         seconds = max(self.seconds, *(report.train_seconds for report in reports))
-        steps = sum(report.values["steps"] for report in reports)
         sent = sum(report.values["bytes"] for report in reports)
         self.bytes += sent
         row: dict[str, Any] = {"step": step, "wall_s": seconds}
@@ -80,11 +82,55 @@ class ReportMerger:
         if seconds > self.seconds:
             row["throughput/examples_per_s"] = (examples - self.examples) / (seconds - self.seconds)
         if not self.is_synchronous:
-            row["staleness/mean"] = sum(r.values["staleness_total"] for r in reports) / max(1.0, steps)
-            row["staleness/max"] = max(report.values["staleness_max"] for report in reports)
+            row |= self._lag(reports)
         row["comm/bytes_per_step"], row["comm/bytes"] = sent / max(1, step - self.step), self.bytes
         for name in ("compute_s", "exchange_s"):
             row[f"timing/{name}"] = sum(report.values[name] for report in reports) / len(reports)
         row["memory/rank_bytes"] = max(report.values["memory_bytes"] for report in reports)
         self.step, self.examples, self.seconds = step, examples, seconds
         return row
+
+    def _lag(self, reports: list[Report]) -> dict[str, float]:
+        """How late the gradients were applied, and how unequally the workers contribute."""
+        counts: Counter[int] = Counter()
+        for report in reports:
+            counts.update({int(versions): number for versions, number in report.staleness.items()})
+            if "contributed" in report.values:
+                self.contributed[report.rank] = report.values["contributed"]
+        row = staleness_summary(counts) if counts else {}
+        self.buckets = max(self.buckets, *(bucket(versions) for versions in counts), 0)
+        for index in range(self.buckets + 1) if counts else ():
+            first = 2 ** (index - 1) if index else 0
+            row[f"staleness/count_{first}"] = sum(n for versions, n in counts.items() if bucket(versions) == index)
+        if self.contributed:
+            row["workers/gini"] = gini([self.contributed.get(rank, 0.0) for rank in range(self.world_size)])
+        return row
+
+
+def staleness_summary(counts: Mapping[int, int]) -> dict[str, float]:
+    """Mean, largest, median and 95th percentile: the smallest value that so many of the gradients do not exceed."""
+    total, values = sum(counts.values()), sorted(counts)
+    row: dict[str, float] = {
+        "staleness/mean": sum(versions * number for versions, number in counts.items()) / total,
+        "staleness/max": values[-1],
+    }
+    for percent in (50, 95):
+        below = 0
+        for versions in values:
+            below += counts[versions]
+            if 100 * below >= percent * total:
+                row[f"staleness/p{percent}"] = versions
+                break
+    return row
+
+
+def bucket(versions: int) -> int:
+    """Of the histogram, whose buckets begin at 0, 1, 2, 4, 8 ... versions."""
+    return versions.bit_length()
+
+
+def gini(amounts: Sequence[float]) -> float:
+    """Gini coefficient sum_i sum_j |x_i - x_j| / (2 n sum_i x_i): 0 if all are equal, 1 - 1/n if one has everything."""
+    total = sum(amounts)
+    differences = sum(abs(first - second) for first in amounts for second in amounts)
+    return differences / (2 * len(amounts) * total) if total else 0.0

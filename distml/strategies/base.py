@@ -62,11 +62,19 @@ class Meter:
     bytes_sent: int = 0
     staleness_total: int = 0
     staleness_max: int = 0
+    staleness_counts: dict[str, int] = field(default_factory=dict)  # staleness (as JSON's keys are) -> gradients
+    contributed: float | None = None  # examples of this worker's applied gradients so far; None: nobody has said
     grad_norm: float | None = None
 
     def add(self, name: str, mean: Mean) -> None:
         """Add to a named mean."""
         self.means[name] = self.means[name] + mean if name in self.means else mean
+
+    def add_staleness(self, versions: int) -> None:
+        """A gradient of this worker was applied."""
+        self.staleness_total += versions
+        self.staleness_max = max(self.staleness_max, versions)
+        self.staleness_counts[str(versions)] = self.staleness_counts.get(str(versions), 0) + 1
 
 
 class Strategy(ABC):

@@ -251,7 +251,7 @@ class Clock:
             self.away.add(rank)  # it pulls anew afterwards; until then nobody waits for it
         if self.awaited.get(rank) == head.ticket:
             del self.awaited[rank]
-            if rank not in self.away and self.finished is None:
+            if self.finished is None and not (entry.last_phase and rank in self.away):
                 self.computing[rank] = self.version if entry.last_phase else head.read_version
 
     @staticmethod

@@ -249,10 +249,10 @@ def test_phases_are_never_averaged_with_each_other():
     workers.push(0, phase=0)
     workers.join(1)
     assert workers.push(0, phase=1) == []
-    (entry,) = workers.push(1, phase=0)
-    assert (entry.phase, ranks([entry])) == (1, [[0]])
-    (entry,) = workers.push(0, phase=0)  # from here on they are in step
-    assert (entry.phase, ranks([entry])) == (0, [[0, 1]])
+    (entry,) = workers.push(1, phase=0)  # whoever is in the midst of a step ends it first
+    assert (entry.phase, ranks([entry])) == (0, [[1]])
+    (entry,) = workers.push(1, phase=1)  # from here on they are in step
+    assert (entry.phase, ranks([entry])) == (1, [[0, 1]])
 
 
 def test_buffers_are_averaged_by_the_examples_since_the_last_average():
@@ -321,4 +321,4 @@ def test_a_clock_goes_on_from_another_ones_dump_at_any_moment(mode, bound):
         assert fields <= workers.clock.dump().keys()  # whatever a clock comes to know must be handed over
 
 
-CONSTANT = {"job", "agenda", "num_phases", "is_sync", "num_servers", "bound"}
+CONSTANT = {"job", "agenda", "num_phases", "is_sync", "num_servers", "bound", "prefetch", "scales"}
