@@ -66,7 +66,7 @@ def prepare_process(job: JobSpec) -> None:
 
 # A reply, where a shard's weights begin in the flat vector, and the weights: an array, or [reference to one].
 Answer = tuple["Reply", int, "Array | list[Any]"]
-INLINE_BYTES = int(os.environ.get("XINLINE", 100_000))  # Ray sends what is smaller with the answer itself
+INLINE_BYTES = 100_000  # Ray sends what is smaller with the answer itself
 
 
 def borrowed(array: Array) -> Tensor:
@@ -141,6 +141,10 @@ class RayChannel:
         """The servers have it."""
         return None
 
+    def kept(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
+        """The servers keep it."""
+        return None
+
     def judge(self, version: int, metrics: dict[str, float]) -> str | None:
         """Report an evaluation."""
         verdict: str | None = self._get([self.servers[0].judge.remote(self.rank, version, metrics)], "the verdict")[0]
@@ -182,6 +186,7 @@ class Way:
         segment: process and descriptor that have this host's shared memory open.
         pids: of the workers of this host, in rank order.
         rejoins: the others are at work already.
+        keeps: the segment has room for states that are kept for a recovery.
     """
 
     host: str | None
@@ -191,6 +196,7 @@ class Way:
     segment: tuple[int, int] | None = None
     pids: list[int] = field(default_factory=list)
     rejoins: bool = False
+    keeps: bool = False
 
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 1})
@@ -245,11 +251,11 @@ class WorkerActor:
         }  # fmt: skip
         self.hosts = hosts
         if hosts is not None:
-            from distml.exchange.shared_memory import free_bytes
+            from distml.exchange.segment import free_bytes
 
             self.neighbours = next(ranks for ranks in hosts if self.rank in ranks)
-            self.regions = strategy.regions(len(self.neighbours))
-            description |= {"segment_bytes": self.regions.num_bytes, "shared_bytes_free": free_bytes()}
+            self.regions = {keeps: strategy.regions(len(self.neighbours), keeps) for keeps in (False, True)}
+            description |= {"shared_bytes_free": free_bytes(), "regions": self.regions}
         if self.rank == 0:
             description["frozen"] = {name: to_numpy(t).copy() for name, t in strategy.flat.frozen().items()}
         return description
@@ -267,13 +273,13 @@ class WorkerActor:
         self.listener = open_rendezvous(address)
         return int(self.listener.getsockname()[1])
 
-    def open_segment(self) -> tuple[int, int]:
+    def open_segment(self, keeps: bool) -> tuple[int, int]:
         """Create this host's segment; where its peers find it: process id and descriptor."""
-        from distml.exchange.shared_memory import Segment
+        from distml.exchange.segment import Segment
 
         if self.group is not None:
             self._leave_group()
-        self.segment = Segment.create(self.regions)
+        self.segment = Segment.create(self.regions[keeps])
         return os.getpid(), self.segment.descriptor
 
     def connect(self, way: Way) -> None:
@@ -318,12 +324,13 @@ class WorkerActor:
         return max(60.0, 10 * self.job.limits.lost_after_s)
 
     def _join_host(self, way: Way, wire: Any) -> Any:
-        from distml.exchange.shared_memory import Host, Segment, SharedMemoryGroup
+        from distml.exchange.segment import Segment
+        from distml.exchange.shared_memory import Host, SharedMemoryGroup
 
         assert way.segment is not None
         assert self.hosts is not None
         pid, descriptor = way.segment
-        segment = self.segment if pid == os.getpid() else Segment.open(pid, descriptor, self.regions)
+        segment = self.segment if pid == os.getpid() else Segment.open(pid, descriptor, self.regions[way.keeps])
         host = Host(segment, list(self.neighbours), self.rank, way.pids, self.patience_s)
         return SharedMemoryGroup(host, [list(ranks) for ranks in self.hosts], wire)
 

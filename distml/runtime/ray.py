@@ -28,6 +28,7 @@ from distml.errors import RunError, UsageError
 from distml.events import Event, Failed, Finished, Interrupted
 from distml.exchange.channel import PeerLost
 from distml.exchange.layout import Array, Layout
+from distml.exchange.segment import Segment, lacking, read_kept
 from distml.inject import Injection
 from distml.runtime.actors import ServerActor, Way, WorkerActor, end_process
 from distml.runtime.authentication import STUCK_THREAD, cluster_address
@@ -41,6 +42,7 @@ from distml.tasks.sources import SourceTree
 
 POLL_S = 0.2
 STOP_PATIENCE_S = 2.0
+KEEP_FROM_BYTES = 2**20
 CLOSE_PATIENCE_S = 5.0
 TRY_ADDRESS = "; check --address or RAY_ADDRESS ('ray status' on a node shows the cluster's)"
 
@@ -72,6 +74,7 @@ class RayRuntime:
         self.size = job.resources.workers
         self.num_servers = 0
         self.transport = Transport("none", "", ())
+        self.keeps, self.segment = False, cast(Segment | None, None)
         self.job_json = job.model_dump_json(by_alias=True)
         self.workers: dict[int, Any] = {}
         self.servers: dict[int, Any] = {}
@@ -129,14 +132,26 @@ class RayRuntime:
         if self.transport.name != "shared_memory":
             return
         for facts in (self.facts[ranks[0]] for ranks in self.transport.hosts):
-            needed, free = facts["segment_bytes"], facts["shared_bytes_free"]
+            needed, free = facts["regions"][False].num_bytes, facts["shared_bytes_free"]
             if needed > free:
-                lacking = (f"/dev/shm on {facts['host']} has {free / 2**20:.0f} MiB to give, "
-                           f"{needed / 2**20:.0f} MiB are needed")  # fmt: skip
-                self.transport = fall_back(self.job, self.transport, lacking)
+                lack = f"{lacking(needed, free)} on {facts['host']}"
+                self.transport = fall_back(self.job, self.transport, lack)
                 self._start_servers()
                 self._build_workers(list(range(self.size)))
                 return
+        self.keeps = self._keeps_here()
+
+    def _keeps_here(self) -> bool:
+        """Whether states for a recovery can stay in the segment: the driver sees it, and it is worth it.
+
+        Small ones are better handed over: there is always a newer one on the way.
+        """
+        here = ray.get_runtime_context().get_node_id()
+        facts = next((facts for facts in self.facts.values() if facts["node"] == here), None)
+        if facts is None:
+            return False
+        more = facts["regions"][True].num_bytes - facts["regions"][False].num_bytes
+        return bool(more >= KEEP_FROM_BYTES and facts["regions"][True].num_bytes <= facts["shared_bytes_free"])
 
     def _place(self) -> PlacementGroup:
         resources = self.job.resources
@@ -164,7 +179,14 @@ class RayRuntime:
 
     def _server(self, index: int) -> Any:
         server: Any = ServerActor
-        return server.remote(index, self.job_json, self.directory, self.injections)
+        node = self._server_node(index)
+        there = NodeAffinitySchedulingStrategy(node, soft=True)  # soft: a node may leave just now
+        return server.options(scheduling_strategy=there).remote(index, self.job_json, self.directory, self.injections)
+
+    def _server_node(self, index: int) -> str:
+        assert isinstance(self.job.strategy, ParameterServerSpec)
+        alive = {node["NodeID"]: node["Resources"].get("CPU", 0.0) > 0 for node in ray.nodes() if node["Alive"]}
+        return server_nodes(self.job.strategy.server_placement, alive, self._nodes(), index + 1)[index]
 
     def _build_workers(self, ranks: list[int]) -> None:
         files = self.sources.files
@@ -263,7 +285,7 @@ class RayRuntime:
         if shares:
             found = self._segments() if segment is None else [(hosts[0], segment)]
             ways = {rank: replace(way, segment=one, pids=[self.facts[r]["pid"] for r in neighbours],
-                                  rejoins=segment is not None)
+                                  rejoins=segment is not None, keeps=self.keeps)
                     for neighbours, one in found for rank, way in ways.items() if rank in neighbours}  # fmt: skip
         self._ask({f"rank {rank}": self.workers[rank].connect.remote(way) for rank, way in ways.items()},
                   "its connection")  # fmt: skip
@@ -271,8 +293,14 @@ class RayRuntime:
     def _segments(self) -> list[tuple[tuple[int, ...], tuple[int, int]]]:
         """The ranks of each host, and where its new segment is."""
         hosts = self.transport.hosts
-        calls = {f"rank {ranks[0]}": self.workers[ranks[0]].open_segment.remote() for ranks in hosts}
-        return list(zip(hosts, self._ask(calls, "its shared memory"), strict=True))
+        calls = {f"rank {ranks[0]}": self.workers[ranks[0]].open_segment.remote(self.keeps) for ranks in hosts}
+        found = list(zip(hosts, self._ask(calls, "its shared memory"), strict=True))
+        here = ray.get_runtime_context().get_node_id()
+        for ranks, (pid, descriptor) in found:
+            facts = self.facts[ranks[0]]
+            if self.keeps and facts["node"] == here:
+                self.segment = Segment.open(pid, descriptor, facts["regions"][True])
+        return found
 
     def _start(self, rank: int) -> None:
         self.streams[rank] = self.workers[rank].advance.options(num_returns="streaming").remote()
@@ -505,6 +533,10 @@ class RayRuntime:
             return None
         return join_captures(pieces, carried)
 
+    def kept(self, version: int) -> dict[str, Array] | None:
+        """From the segment, which the driver has mapped too."""
+        return read_kept(self.segment, version) if self.segment is not None else None
+
     def request_stop(self) -> None:
         """Noticed by `events` (a signal handler must not call Ray)."""
         self.stop_asked = True
@@ -561,6 +593,21 @@ class RayRuntime:
             remove_placement_group(self.group)
         if self.owns_ray:
             ray.shutdown()
+
+
+def server_nodes(placement: str, alive: Mapping[str, bool], workers: list[str], count: int) -> list[str]:
+    """The node of each of `count` parameter servers: the workers' nodes in rank order, in turn.
+
+    Args:
+        placement: colocated: on no other nodes; spread: then the other nodes too.
+        alive: nodes, and whether they have CPUs; one without, such as a cluster's head, is kept free of work.
+        workers: each rank's node; one that has died is passed over.
+    """
+    nodes = [node for node in dict.fromkeys(workers) if node in alive]
+    if placement == "spread" or not nodes:
+        nodes += [node for node in sorted(alive) if alive[node] and node not in nodes]
+    nodes = nodes or sorted(alive)
+    return [nodes[index % len(nodes)] for index in range(count)]
 
 
 def without_spent(injections: tuple[str, ...], roles: list[str]) -> tuple[str, ...]:
