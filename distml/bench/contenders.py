@@ -25,7 +25,8 @@ BATCH = 16
 NEVER = 10**9
 LIMIT_S = 900.0
 INNER_STEPS = 8
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# One thread each, and the same priority for all: Ray's workers would run at nice 15, the other peers at 0.
+EVERYWHERE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 COMPRESSIONS = ("bf16", "int8", "topk", "powersgd")
 SERVER: dict[str, Any] = {"name": "parameter_server"}
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -206,7 +207,7 @@ def run_all(commands: Sequence[tuple[Host, list[str]]], environment: Mapping[str
     failed: int | None = None
     try:
         for (host, arguments), log in zip(commands, logs, strict=True):
-            processes.append(spawn(host.command([sys.executable, *arguments]), {**ONE_THREAD, **environment}, log))
+            processes.append(spawn(host.command([sys.executable, *arguments]), {**EVERYWHERE, **environment}, log))
         failed = wait_for(processes, what)
     finally:
         for process in processes:

@@ -19,7 +19,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from distml.bench.contenders import INDEPENDENT, INNER_STEPS, LABELS, ONE_HOST, SLOW, TWO_HOSTS, Cell, Site, start
+from distml.bench.contenders import (
+    EVERYWHERE,
+    INDEPENDENT,
+    INNER_STEPS,
+    LABELS,
+    ONE_HOST,
+    SLOW,
+    TWO_HOSTS,
+    Cell,
+    Site,
+    start,
+)
 from distml.bench.table import cells, conditions, summary
 from distml.bench.timing import (
     Plan,
@@ -27,6 +38,7 @@ from distml.bench.timing import (
     Sampler,
     Times,
     independent_ms,
+    least_ms,
     read_times,
     steady,
     steps_per_s,
@@ -106,7 +118,7 @@ def the_site(hosts: int, rate: str, workers: int) -> Iterator[tuple[Site, Sample
     """Where the contenders run, and what reads processor time and the link's bytes meanwhile."""
     from distml.bench.start import local_ray
 
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    os.environ |= EVERYWHERE  # before Ray starts: its workers inherit them
     used = ProcessTimes()
     if hosts == 1:
         with local_ray(cpus=2 * workers + 2) as address, Sampler(used) as sampler:
@@ -178,8 +190,10 @@ def one_repeat(name: str, times: Sequence[Times], plan: Plan, sampler: Sampler, 
     alone = name in INDEPENDENT
     found = {
         "ms_per_step": independent_ms(times, plan) if name == "compute" else synchronous_ms(times, plan),
+        "least_ms_per_step": least_ms(times, plan),
         "worker_cpu_ms_per_step": spent / counted * 1e3,
         "cpu_ms_per_step": sampler.grown("processor_s", start_s, stop_s) / steps * 1e3,
+        "others_cpus": sampler.grown("others_s", start_s, stop_s) / max(1e-9, stop_s - start_s),
     }
     if alone and name != "compute":
         found["updates_per_s"] = steps_per_s(times, plan)
@@ -253,7 +267,8 @@ def tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
     """One table for each cell: title, header, body, closing lines."""
     about = report["conditions"]
     made = [cell_table(cell, about) for cell in report["cells"]]
-    made[-1][3].extend(closing(about))
+    others = [one["others_cpus"]["max"] for cell in report["cells"] for one in cell["contenders"].values()]
+    made[-1][3].extend(closing(about, max(others, default=0.0)))
     return made
 
 
@@ -299,11 +314,11 @@ def target_line(target: Mapping[str, Any]) -> str:
     return f"{target['what']}: {target['value']:.2f} (target {target['bound']} {target['target']:g}: {verdict})"
 
 
-def closing(about: Mapping[str, Any]) -> list[str]:
-    """How to read the tables, and the conditions."""
+def closing(about: Mapping[str, Any], others: float) -> list[str]:
+    """How to read the tables, and the conditions; `others`: CPUs that strangers' processes used at the most."""
     return [
         "ms per step: all workers once, the slowest of them; async and ssp: workers / (updates per second)",
         "processor ms: of all processes, servers and Ray too, per step of one worker; MB: as distml counts them",
         f"{about['repeats']} repeats, taking turns; {about['cpus']} CPUs, load before {about['load_before']}, "
-        f"torch {about['torch']}, ray {about['ray']}",
+        f"strangers used up to {max(0.0, others):.2f} of them meanwhile; torch {about['torch']}, ray {about['ray']}",
     ]

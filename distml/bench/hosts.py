@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distml.bench.contenders import ONE_THREAD, end_group, spawn
+from distml.bench.contenders import EVERYWHERE, end_group, spawn
 from distml.errors import RunError, UsageError
 
 INTERFACE = "eth0"
@@ -180,7 +180,7 @@ def access(folder: Path) -> dict[str, str]:
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(secrets.token_hex(32))
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path), "GLOO_SOCKET_IFNAME": INTERFACE,
-            "RAY_USAGE_STATS_ENABLED": "0", **ONE_THREAD}  # fmt: skip
+            "RAY_USAGE_STATS_ENABLED": "0", **EVERYWHERE}  # fmt: skip
 
 
 def start_node(pair: Pair, index: int, cpus: int, folder: Path) -> subprocess.Popen[bytes]:

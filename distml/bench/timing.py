@@ -80,6 +80,11 @@ def independent_ms(times: Sequence[Times], plan: Plan) -> float:
     return statistics.mean(statistics.median(window_ms(one.wall, plan)) for one in times)
 
 
+def least_ms(times: Sequence[Times], plan: Plan) -> float:
+    """Milliseconds per step in the quickest window of any worker: what an undisturbed machine might do."""
+    return min(min(window_ms(one.wall, plan)) for one in times)
+
+
 def steady(times: Sequence[Times], plan: Plan) -> tuple[float, float]:
     """The interval in which every worker is past its warm-up and none has begun its last step."""
     return max(one.wall[plan.warm_up] for one in times), min(one.wall[-1] for one in times)
@@ -106,7 +111,7 @@ class Sampler:
         every_s: seconds between readings.
     """
 
-    def __init__(self, read: Callable[[], dict[str, float]], every_s: float = 0.25) -> None:
+    def __init__(self, read: Callable[[], dict[str, float]], every_s: float = 0.5) -> None:
         self.read, self.every_s = read, every_s
         self.at: list[float] = []
         self.readings: list[dict[str, float]] = []
@@ -141,7 +146,11 @@ class Sampler:
 
 
 class ProcessTimes:
-    """Processor seconds of this process's descendants, of those that have ended meanwhile too."""
+    """Processor seconds of this process's descendants, of those that have ended meanwhile too, and of everybody else.
+
+    `processor_s` is the descendants' and `others_s` what all other processes of the machine have used besides them
+    and this one: a disturbed measurement shows there.
+    """
 
     TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
 
@@ -159,7 +168,15 @@ class ProcessTimes:
         for pid in descendants(os.getpid(), parents):
             started, used = seconds[pid]
             self.seconds[pid, started] = used
-        return {"processor_s": sum(self.seconds.values())}
+        ours = sum(self.seconds.values())
+        return {"processor_s": ours, "others_s": busy_s() - ours - sum(os.times()[:2])}
+
+
+def busy_s() -> float:
+    """Processor seconds that the machine has not been idle: /proc/stat without idle, iowait and the guests' double."""
+    with open("/proc/stat", encoding="ascii") as file:
+        ticks = [int(value) for value in file.readline().split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) * ProcessTimes.TICK_S
 
 
 def stat_fields(entry: str) -> list[str] | None:

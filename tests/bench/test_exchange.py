@@ -20,7 +20,7 @@ CELL = Cell("4.2M", 256, 2, "sgd")
 
 def measured(**milliseconds):
     """A cell in which these contenders took these milliseconds."""
-    keys = ("ms_per_step", "cpu_ms_per_step", "worker_cpu_ms_per_step")
+    keys = ("ms_per_step", "cpu_ms_per_step", "worker_cpu_ms_per_step", "others_cpus")
     found = {name: {key: summary([value]) for key in keys} for name, value in milliseconds.items()}
     return {"size": "4.2M", "workers": 2, "optimizer": "sgd", "contenders": exchange.with_ratios(found), "errors": {}}
 
@@ -79,9 +79,15 @@ def test_async_is_measured_in_updates_and_others_in_their_slowest_worker():
     quick, slow = ([gap * n for n in range(12)] for gap in (0.010, 0.020))
     times = [Times(quick, quick), Times(slow, slow)]
     sampler = exchange.Sampler(dict)
-    sampler.at, sampler.readings = [0.0, 1.0], [{"processor_s": 0.0}, {"processor_s": 2.0}]
+    sampler.at, sampler.readings = (
+        [0.0, 1.0],
+        [{"processor_s": 0.0, "others_s": 0.0}, {"processor_s": 2.0, "others_s": 0.5}],
+    )
     assert exchange.one_repeat("ddp", times, plan, sampler, 1)["ms_per_step"] == pytest.approx(20)
-    assert exchange.one_repeat("compute", times, plan, sampler, 1)["ms_per_step"] == pytest.approx(15)
+    floor = exchange.one_repeat("compute", times, plan, sampler, 1)
+    assert floor["ms_per_step"] == pytest.approx(15)
+    assert floor["least_ms_per_step"] == pytest.approx(10)
+    assert floor["others_cpus"] == pytest.approx(0.5)
     asynchronous = exchange.one_repeat("ps_async", times, plan, sampler, 1)
     assert asynchronous["updates_per_s"] == pytest.approx(150, rel=0.15)
     assert asynchronous["ms_per_step"] == pytest.approx(2e3 / asynchronous["updates_per_s"])

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from distml.bench import timing
 from distml.bench.timing import (
     Plan,
     ProcessTimes,
@@ -97,6 +98,14 @@ def test_processor_seconds_of_children_stay_counted_after_their_end():
     child.communicate(b"\n")
     assert during - before >= 0.25
     assert used()["processor_s"] >= during
+
+
+def test_what_nobody_of_ours_used_is_others(monkeypatch):
+    assert timing.busy_s() > 0
+    monkeypatch.setattr(timing, "busy_s", lambda: 1000.0)
+    monkeypatch.setattr(timing.os, "times", lambda: (3.0, 4.0, 0.0, 0.0, 0.0))
+    found = ProcessTimes()()
+    assert found["processor_s"] + found["others_s"] == pytest.approx(1000.0 - 7.0)
 
 
 def test_descendants_are_children_of_children():
