@@ -200,7 +200,7 @@ class CodecCompressor(Compressor):
         """Kept from step to step: fresh memory of this size costs as much as filling it."""
         if (span, room) not in self.buffers:
             size = self.codec.num_bytes(span) + room
-            self.buffers[span, room] = torch.empty(size, dtype=torch.uint8, device=self.codec.device)
+            self.buffers[span, room] = torch.zeros(size, dtype=torch.uint8, device=self.codec.device)
         return self.buffers[span, room]
 
     def reduce(self, phase: int, message: Tensor, group: WireGroup) -> None:
