@@ -54,7 +54,8 @@ class Snapshot:
 
     Attributes:
         own: position of the stream, random states, meter, seconds; JSON values and arrays.
-        shared: weights, moments, carried tensors, clock; from one rank, None where servers hold them.
+        shared: weights, moments, carried tensors, clock; from one rank, None where servers hold them. Without
+            "weights": its vectors are kept in shared memory.
         carried: for the rank that speaks for the servers' state: the buffers that belong to it.
         checkpoint: it is to be written, not only kept for recovery.
         last: the run ends at this version.

@@ -24,6 +24,7 @@ from distml.events import Evaluated, Event, Failed, Finished, FirstUpdate, Repor
 from distml.exchange.channel import Channel, Group
 from distml.exchange.flat import from_numpy, to_numpy
 from distml.exchange.layout import Array
+from distml.exchange.shared_memory import is_finite
 from distml.inject import Injector
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import crossed
@@ -124,9 +125,10 @@ class Trainer:
             self.injector.reach(before)
             batch = self._next_batch()
             for phase in strategy.phases:
-                for micro_batch in micro_batches(batch, self.job.micro_batch_size):
+                pieces = list(micro_batches(batch, self.job.micro_batch_size))
+                for index, micro_batch in enumerate(pieces, start=1):
                     self.activity = "loss"
-                    loss = self.injector.spoil(strategy.loss(phase, micro_batch), before)
+                    loss = self.injector.spoil(strategy.loss(phase, micro_batch, index == len(pieces)), before)
                     self.activity = "backward"
                     strategy.backward(loss)
                 self.activity = "exchange"
@@ -223,9 +225,13 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------- state
     def _snapshot(self, checkpoint: bool, evaluated: bool) -> Snapshot:
         strategy = self.strategy
-        if not bool(torch.isfinite(strategy.flat.weights).all()):
+        shared = None if checkpoint or evaluated else strategy.kept_state()
+        if shared is None and not is_finite(strategy.flat.weights):
             raise FloatingPointError(f"the weights are not finite at step {strategy.progress.version}")
-        shared = strategy.shared_state() if self.speaks else None
+        if self.speaks and shared is None:
+            shared = strategy.shared_state()
+        if not self.speaks:
+            shared = None
         carried = strategy.carried.arrays() if self.speaks else None
         snapshot = Snapshot(self.rank, strategy.progress.version, self.own_state(), shared, carried, checkpoint,
                             evaluated, strategy.finished is not None)  # fmt: skip

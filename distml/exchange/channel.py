@@ -141,6 +141,10 @@ class Channel(Protocol):
         """The shared half at the version that this worker reads; None: the driver asks the servers for it."""
         ...
 
+    def kept(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
+        """The same without its vectors, which stay in shared memory for the driver; None: there is no such place."""
+        ...
+
 
 class Wire(Channel, Protocol):
     """A channel whose exchange takes its time, and can be done in two halves (`prefetch`)."""

@@ -1,9 +1,7 @@
 """The workers of one host over one segment of shared memory.
 
-The segment holds named regions: each worker's gradients, the host's weights, the optimiser's moments, and small boards
-for messages. Rank 0 of the host creates it under /dev/shm with mode 0600, reserves its pages (a full /dev/shm is then
-an error, not a crash), and unlinks it at once; its peers open it through /proc/PID/fd. The kernel frees it with the
-last process, however that one ends.
+The segment (`segment.py`) holds each worker's gradients, the host's weights, the optimiser's moments, and small boards
+for messages. The first worker of the host creates it.
 
 Nobody writes where somebody else does: each worker has one counter that only it advances, and whoever waits for it
 sleeps in the kernel (futex) until it moves. A sleeper looks up every `POLL_S`: at the abort flag, and at its peers
@@ -18,14 +16,10 @@ import contextlib
 import ctypes
 import errno
 import math
-import mmap
 import os
-import platform
-import secrets
 import select
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -33,115 +27,13 @@ from torch import Tensor
 
 from distml.exchange.channel import Group, PeerLost
 from distml.exchange.layout import Array
+from distml.exchange.segment import FUTEX_NUMBER, Segment
 
-FOLDER = "/dev/shm"
-MARGIN_BYTES = 16 * 2**20  # what is left to others there
-ALIGNMENT = 4096
 CACHE_LINE = 64
 BOARD_BYTES = 2**18
 POLL_S = 0.05
 FUTEX_WAIT, FUTEX_WAKE = 0, 1
-FUTEX_NUMBER = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(platform.machine())
 ABORT = 0  # the word that ends all waits; the workers' counters follow it
-
-
-class NoSharedMemory(Exception):
-    """There is no segment to be had here: why."""
-
-
-# ------------------------------------------------------------------------------------------------------------- segment
-@dataclass(frozen=True)
-class Regions:
-    """Where each named array lies in a segment: name -> (offset in bytes, elements, type)."""
-
-    places: dict[str, tuple[int, int, str]]
-    num_bytes: int
-
-    @classmethod
-    def build(cls, arrays: Iterable[tuple[str, int, str]]) -> Regions:
-        """From (name, elements, NumPy type), each aligned to a page."""
-        places, offset = {}, 0
-        for name, count, dtype in arrays:
-            places[name] = offset, count, dtype
-            offset += math.ceil(count * np.dtype(dtype).itemsize / ALIGNMENT) * ALIGNMENT
-        return cls(places, max(offset, ALIGNMENT))
-
-
-def free_bytes() -> int:
-    """What a new segment may take of /dev/shm here; 0 without one."""
-    if FUTEX_NUMBER is None or not hasattr(os, "pidfd_open"):
-        return 0
-    try:
-        found = os.statvfs(FOLDER)
-    except OSError:
-        return 0
-    return max(0, found.f_bavail * found.f_frsize - MARGIN_BYTES)
-
-
-class Segment:
-    """Shared memory with named regions. `descriptor` stays open, so that later peers can open it too."""
-
-    def __init__(self, descriptor: int, regions: Regions) -> None:
-        self.descriptor, self.regions = descriptor, regions
-        self._bytes = np.frombuffer(mmap.mmap(descriptor, regions.num_bytes), dtype=np.uint8)
-
-    @classmethod
-    def create(cls, regions: Regions) -> Segment:
-        """A new one, all zero.
-
-        Raises:
-            NoSharedMemory: it does not fit.
-        """
-        path = f"{FOLDER}/distml-{os.getpid()}-{secrets.token_hex(8)}"
-        if regions.num_bytes > free_bytes():
-            raise NoSharedMemory(lacking(regions.num_bytes, free_bytes()))
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise NoSharedMemory(f"{FOLDER} cannot be written: {error.strerror}") from error
-        try:
-            os.unlink(path)
-            os.posix_fallocate(descriptor, 0, regions.num_bytes)
-        except OSError as error:
-            os.close(descriptor)
-            raise NoSharedMemory(f"{regions.num_bytes} bytes in {FOLDER}: {error.strerror}") from error
-        return cls(descriptor, regions)
-
-    @classmethod
-    def open(cls, pid: int, descriptor: int, regions: Regions) -> Segment:
-        """The one that process `pid` of this host and user has open.
-
-        Raises:
-            PeerLost: that process is gone.
-        """
-        try:
-            own = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise PeerLost(f"the segment of process {pid} cannot be opened: {error.strerror}") from error
-        if os.fstat(own).st_size != regions.num_bytes:
-            os.close(own)
-            raise PeerLost(f"process {pid} has another file open than the segment that was named")
-        return cls(own, regions)
-
-    def array(self, name: str) -> Array:
-        """A region as a NumPy array (a view)."""
-        offset, count, dtype = self.regions.places[name]
-        return self._bytes[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
-
-    def tensor(self, name: str) -> Tensor:
-        """A region as a torch tensor (a view)."""
-        return torch.from_numpy(self.array(name))
-
-    def close(self) -> None:
-        """No peer can open it through this process any more; the memory goes with its last view."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-
-
-def lacking(needed: int, free: int) -> str:
-    """Why a segment does not fit."""
-    return f"{FOLDER} has {free / 2**20:.0f} MiB to give, {needed / 2**20:.0f} MiB are needed"
 
 
 # --------------------------------------------------------------------------------------------------------------- waits
@@ -201,12 +93,16 @@ class Host:
         rank: this worker's.
         pids: their process ids.
         timeout_s: of one wait; longer than anything healthy, since the driver ends what is lost much earlier.
+        at: told the stages of an exchange as they come (a test's injector).
     """
 
-    def __init__(self, segment: Segment, ranks: list[int], rank: int, pids: list[int], timeout_s: float) -> None:
+    def __init__(
+        self, segment: Segment, ranks: list[int], rank: int, pids: list[int], timeout_s: float,
+        at: Callable[[str], None] = lambda stage: None,
+    ) -> None:  # fmt: skip
         self.segment, self.ranks, self.index, self.size = segment, ranks, ranks.index(rank), len(ranks)
         self.words = Words(segment.array("words"))
-        self.timeout_s = timeout_s
+        self.timeout_s, self.at = timeout_s, at
         self.lengths = segment.array("lengths")
         self.boards = segment.array("boards").reshape(self.size, BOARD_BYTES)
         self.sequence = 0
@@ -429,3 +325,11 @@ def unpack(message: bytes) -> list[bytes]:
     ends = 8 * (1 + count) + np.cumsum(np.frombuffer(message, np.int64, count + 1)[1:], dtype=np.int64)
     starts = [8 * (1 + count), *(int(end) for end in ends[:-1])]
     return [message[start : int(end)] for start, end in zip(starts, ends, strict=True)]
+
+
+def is_finite(vector: Tensor) -> bool:
+    """Whether all elements are finite numbers, in one pass and without a copy."""
+    if not vector.numel():
+        return True
+    least, largest = torch.aminmax(vector)
+    return math.isfinite(float(least)) and math.isfinite(float(largest))

@@ -331,7 +331,8 @@ class WorkerActor:
         assert self.hosts is not None
         pid, descriptor = way.segment
         segment = self.segment if pid == os.getpid() else Segment.open(pid, descriptor, self.regions[way.keeps])
-        host = Host(segment, list(self.neighbours), self.rank, way.pids, self.patience_s)
+        at = self.trainer.injector.at
+        host = Host(segment, list(self.neighbours), self.rank, way.pids, self.patience_s, at)
         return SharedMemoryGroup(host, [list(ranks) for ranks in self.hosts], wire)
 
     def _become_server(self, way: Way) -> Any:

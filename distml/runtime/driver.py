@@ -101,13 +101,15 @@ class Driver:
         self.description = self.group.build(first)
         self._take_signals()
         if checkpoint is not None:
-            whole = from_checkpoint(checkpoint, self.description.layout)
-            self.cut = reshard(whole, self.job.resources.workers)
+            self.cut = self._cut_of(checkpoint)
             self.start_version = self.version = self.cut.version
             self.agenda.evaluations = self._evaluations()
             self.best = self._stored_best()
             verify_frozen(checkpoint, self.description.frozen)
         self._rewind()
+
+    def _cut_of(self, checkpoint: Checkpoint) -> Cut:
+        return reshard(from_checkpoint(checkpoint, self.description.layout), self.job.resources.workers)
 
     def _stored_best(self) -> dict[str, Any] | None:
         """The best checkpoint so far, where it is of the metric that counts now."""
@@ -135,10 +137,23 @@ class Driver:
         return self._finish()
 
     def _keep_newest(self) -> None:
+        self._fetch()
         self._rewind()
         self.end_version = self.version
         if self.cut is not None and self.cut.version not in self.store.steps():
             self._commit(self.cut, important=True)
+
+    def _fetch(self) -> None:
+        """Copy what the newest cut has left in shared memory; if it is no longer there, take the newest checkpoint."""
+        if self.cut is None or "weights" in self.cut.shared:
+            return
+        vectors = self.group.kept(self.cut.version)
+        if vectors is not None:
+            self.cut.shared |= {"weights": vectors.pop("weights"), "moments": vectors}
+            return
+        self.store.wait()
+        checkpoint = self.store.newest_good(self.display.note)
+        self.cut = self._cut_of(checkpoint) if checkpoint is not None else None
 
     def handle(self, event: Event | Lost) -> None:
         """Act on one event."""
@@ -281,6 +296,7 @@ class Driver:
                            role=event.role, step=self.version)  # fmt: skip
         self.restarts += 1
         self.metrics["runtime/restarts"] = self.restarts
+        self._fetch()
         if self.cut is not None:
             self._remember(self.cut)
         from_version = self.cut.version if self.cut is not None else 0

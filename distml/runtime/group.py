@@ -63,6 +63,10 @@ class WorkerGroup(Protocol):
         """The servers' part of a cut at `version`; None if it is no longer there."""
         ...
 
+    def kept(self, version: int) -> dict[str, Array] | None:
+        """Copies of the vectors that workers kept in shared memory at `version`; None if they are no longer there."""
+        ...
+
     def request_stop(self) -> None:
         """Ask the run to end at its next version."""
         ...

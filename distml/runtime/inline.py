@@ -276,6 +276,10 @@ class InlineChannel:
         """The servers have it."""
         return None
 
+    def kept(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
+        """The servers keep it."""
+        return None
+
     def judge(self, version: int, metrics: dict[str, float]) -> str | None:
         """Report an evaluation."""
         verdict, entries = self.servers.clock.judge(self.rank, version, metrics)
@@ -411,6 +415,10 @@ class InlineRuntime:
         if len(found) < len(pieces):
             return None
         return join_captures(found, carried)
+
+    def kept(self, version: int) -> dict[str, Array] | None:
+        """One process keeps nothing apart."""
+        return None
 
     def request_stop(self) -> None:
         """Every worker votes at its next exchange."""

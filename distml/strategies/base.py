@@ -23,7 +23,7 @@ from distml.errors import UsageError
 from distml.exchange.channel import Channel, Group
 from distml.exchange.flat import COUNT, ROWS, TAIL, VOTE, Carried, FlatModel, from_numpy, to_numpy
 from distml.exchange.layout import Array
-from distml.exchange.shared_memory import Regions
+from distml.exchange.segment import Regions
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda
 from distml.strategies.optimizer import schedule_factor
@@ -138,13 +138,16 @@ class Strategy(ABC):
     def connect(self, group: Group | None, channel: Channel | None) -> None:
         """Take the way to the other processes; called again after a recovery."""
 
-    def regions(self, size: int) -> Regions:
-        """What a segment of shared memory has to hold for `size` workers of a host."""
+    def regions(self, size: int, keeps: bool) -> Regions:
+        """What a segment has to hold for `size` workers of a host; `keeps`: also states to go back to."""
         raise NotImplementedError(f"{self.job.strategy.label} does not work in shared memory")
 
     # ------------------------------------------------------------------------------------------------------- one step
-    def loss(self, phase: int, batch: Batch) -> Loss:
+    def loss(self, phase: int, batch: Batch, last: bool) -> Loss:
         """The task's loss of a micro-batch, under the run's precision.
+
+        Args:
+            last: of this step and phase: an exchange follows its backward.
 
         Raises:
             BadLossError: it is NaN or infinite.
@@ -157,7 +160,7 @@ class Strategy(ABC):
             else contextlib.nullcontext()
         )
         with autocast:
-            loss: Loss = self.module(method, batch, self.progress)
+            loss = self._forward(last, method, batch, self.progress)
         value = float(loss.total.detach())
         if not math.isfinite(value):
             raise BadLossError(f"{method} is {value}")
@@ -171,8 +174,15 @@ class Strategy(ABC):
     def backward(self, loss: Loss) -> None:
         """Add the gradients of a micro-batch's sum to the flat vector."""
         if loss.total.requires_grad:
-            loss.total.backward()  # type: ignore[no-untyped-call]
+            self._backward(loss.total)
         self._count += loss.count
+
+    def _forward(self, last: bool, *arguments: Any) -> Loss:
+        loss: Loss = self.module(*arguments)
+        return loss
+
+    def _backward(self, total: Tensor) -> None:
+        total.backward()  # type: ignore[no-untyped-call]
 
     def exchange(self, phase: int) -> None:
         """Let all workers' gradients of this phase become one update of its weights."""
@@ -299,6 +309,13 @@ class Strategy(ABC):
 
     def load_own(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """The inverse of `own_state`; an empty state is a worker that is new."""
+
+    def kept_state(self) -> dict[str, Any] | None:
+        """Keep the state of now in shared memory: the shared half without its vectors, which the driver finds there.
+
+        Every worker is asked, and keeps its part. None: there is no such place, `shared_state` hands it over.
+        """
+        return None
 
     def load_weights(self, weights: Array, carried: Mapping[str, Array]) -> None:
         """Overwrite the replica."""

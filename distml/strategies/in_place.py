@@ -20,7 +20,8 @@ from torch import Tensor
 from distml.exchange.channel import Group
 from distml.exchange.flat import COUNT, ROWS, TAIL, FlatModel
 from distml.exchange.layout import Layout
-from distml.exchange.shared_memory import Regions, SharedMemoryGroup, host_regions
+from distml.exchange.segment import KeptStates, Regions, kept_regions
+from distml.exchange.shared_memory import SharedMemoryGroup, host_regions, is_finite
 from distml.spec.schema import JobSpec
 from distml.strategies.optimizer import FlatOptimizer, applied_optimizer
 from distml.strategies.shard import Entry, Shard
@@ -31,8 +32,11 @@ Reduce = Callable[[int, Tensor, Group], None]
 """Replace a phase's message by its sum over the ranks of a group: (phase, message, group)."""
 
 
-def sync_regions(flat: FlatModel, moments: list[str], size: int) -> Regions:
-    """The segment of one host with `size` workers: everyone's gradients, one set of weights and moments."""
+def sync_regions(flat: FlatModel, moments: list[str], size: int, keeps: bool) -> Regions:
+    """The segment of one host with `size` workers: everyone's gradients, one set of weights and moments.
+
+    `keeps`: also the states that are kept for a recovery.
+    """
     numel, kind = flat.layout.numel, str(flat.weights.dtype).removeprefix("torch.")
     return Regions.build(
         [
@@ -41,6 +45,7 @@ def sync_regions(flat: FlatModel, moments: list[str], size: int) -> Regions:
             ("weights", numel, kind),
             *((f"gradients-{index}", flat.gradients.numel(), kind) for index in range(size)),
             *((f"moment-{name}", numel, kind) for name in moments),
+            *(kept_regions(numel, kind, moments, size) if keeps else ()),
         ]
     )
 
@@ -82,6 +87,8 @@ class InPlaceUpdate:
         self.shards = [self._shard(own, updates, budget) for own in pieces(layout, self.host.index, self.host.size)]
         self.own_range = layout.shard(self.host.index, self.host.size)
         self.first_block = [start for start, _ in layout.blocks]
+        keeps = "kept-versions" in segment.regions.places
+        self.kept = KeptStates(segment, self.host.index) if keeps else None
 
     def _shard(self, own: tuple[int, int], updates: int, budget: int | None) -> Shard:
         weights = self.flat.weights[own[0] : own[1]]
@@ -100,6 +107,18 @@ class InPlaceUpdate:
         for shard in self.shards:
             shard.optimizer.updates = updates
 
+    def keep(self, version: int) -> None:
+        """Keep this worker's shard of weights and moments as a part of the state at `version`.
+
+        Raises:
+            FloatingPointError: the weights are not finite.
+        """
+        own = slice(*self.own_range)
+        if not is_finite(self.flat.weights[own]):
+            raise FloatingPointError(f"the weights are not finite at step {version}")
+        assert self.kept is not None
+        self.kept.write(version, {"weights": self.flat.weights, **self.moments}, own)
+
     def update(self, phase: int, version: int, last: bool, needs_norm: bool) -> tuple[list[float], float | None]:
         """Take part in the update of one phase that makes `version` + 1 (or a part of it).
 
@@ -107,6 +126,7 @@ class InPlaceUpdate:
             The summed tail of the messages (count, votes, rows), and the mean gradient's norm, if it is needed.
         """
         messages = [self._message(gradients, phase) for gradients in self.everyones]
+        self.host.at("gradients")
         self.host.barrier("the gradients of all workers")
         if len(self.group.hosts) > 1:
             messages = [self._sum_over_hosts(messages, phase)]
@@ -117,6 +137,7 @@ class InPlaceUpdate:
         members = [(index, 0) for index in range(len(messages))]
         entry = Entry(version, phase, members, sums[COUNT], sums[ROWS], version, last, needs_norm=needs_norm)
         norm = self._apply(entry, messages)
+        self.host.at("weights")
         self.host.barrier("the new weights")
         if needs_norm and norm is None:
             norm = self._norm(phase)
@@ -148,6 +169,7 @@ class InPlaceUpdate:
 
     def _finish(self, shard: Shard, entry: Entry, norm: float | None) -> None:
         shard.apply(entry, norm)
+        self.host.at("sums")
         own = shard.phase_slice(entry.phase)
         for gradients in self.everyones:
             self._message(gradients, entry.phase)[own].zero_()

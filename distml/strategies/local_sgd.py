@@ -28,9 +28,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from distml.exchange.channel import Channel, Group
 from distml.exchange.flat import COUNT, ROWS, TAIL, VOTE, from_numpy, to_numpy
-from distml.exchange.shared_memory import CACHE_LINE, Regions, host_regions
+from distml.exchange.segment import KeptStates, Regions, kept_regions
+from distml.exchange.shared_memory import CACHE_LINE, SharedMemoryGroup, host_regions, is_finite
 from distml.spec.schema import GroupSpec, JobSpec, LocalSGDSpec, NesterovSpec, SGDSpec
 from distml.strategies.optimizer import FlatOptimizer
 from distml.strategies.single import Single
@@ -69,15 +72,36 @@ class LocalSGD(Single):
         self.counts = dict.fromkeys(self.phases, 0.0)
         self.rows = 0.0
 
-    @property
-    def in_round(self) -> bool:
-        return self.progress.version != self.round_start
-
-    def regions(self, size: int) -> Regions:
+    def regions(self, size: int, keeps: bool) -> Regions:
         gradients = self.flat.gradients
         longest = max(gradients.numel() * gradients.element_size(), 8 * (self.carried.average_vector().numel() + 1))
         row_bytes = math.ceil(longest / CACHE_LINE) * CACHE_LINE
-        return Regions.build([*host_regions(size), ("scratch", size * row_bytes, "uint8")])
+        kind, names = str(self.flat.weights.dtype).removeprefix("torch."), list(self._vectors())
+        kept = kept_regions(self.flat.layout.numel, kind, names[1:], 1) if keeps else []
+        return Regions.build([*host_regions(size), ("scratch", size * row_bytes, "uint8"), *kept])
+
+    def connect(self, group: Group | None, channel: Channel | None) -> None:
+        super().connect(group, channel)
+        self.kept: KeptStates | None = None
+        if isinstance(group, SharedMemoryGroup) and "kept-versions" in group.host.segment.regions.places:
+            self.kept = KeptStates(group.host.segment, 0)
+
+    def kept_state(self) -> dict[str, Any] | None:
+        group = self.group
+        if self.kept is None or not isinstance(group, SharedMemoryGroup):
+            return None
+        if not is_finite(self.flat.weights):
+            raise FloatingPointError(f"the weights are not finite at step {self.progress.version}")
+        if group.host.index == 0:
+            self.kept.write(self.progress.version, self._vectors(), slice(None))
+        return {"carried": self.carried.arrays(), "clock": {**self.clock_state(), "updates": self.optimizer.updates}}
+
+    def _vectors(self) -> dict[str, Tensor]:
+        """The shared half's vectors."""
+        found = {"weights": self.flat.weights, **self.optimizer.moments}
+        for vector in self.outer.moments.values():  # one, or none under averaging
+            found[OUTER_MOMENTUM] = vector
+        return found
 
     def _exchange(self, phase: int, count: float, last: bool) -> None:
         self._apply(self.flat.phase_message(phase)[:-TAIL], count, phase, last)

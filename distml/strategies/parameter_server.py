@@ -38,7 +38,7 @@ from distml.exchange.channel import PULL, Channel, Gradient, Group, Head, Reply,
 from distml.exchange.compression.build import build_compressor
 from distml.exchange.flat import TAIL, from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
-from distml.exchange.shared_memory import Regions
+from distml.exchange.segment import Regions
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda, crossed
 from distml.strategies.base import Strategy
@@ -413,11 +413,14 @@ class ParameterServer(Strategy):
     def shared_state(self) -> dict[str, Any] | None:
         return self.channel.captured(self.progress.version, self.carried.arrays())
 
-    def regions(self, size: int) -> Regions:
+    def kept_state(self) -> dict[str, Any] | None:
+        return self.channel.kept(self.progress.version, self.carried.arrays())
+
+    def regions(self, size: int, keeps: bool) -> Regions:
         from distml.strategies.shared_servers import async_regions
 
         moments = FlatOptimizer(self.job.optimizer, self.flat.layout, (0, 0), self.flat.weights, None).moments
-        return async_regions(self.flat, self.carried, list(moments), size)
+        return async_regions(self.flat, self.carried, list(moments), size, keeps)
 
     @property
     def group(self) -> Group:

@@ -33,7 +33,8 @@ from torch import Tensor
 from distml.exchange.channel import Head, PeerLost, Reply
 from distml.exchange.flat import TAIL, Carried, FlatModel, from_numpy, to_numpy
 from distml.exchange.layout import Array
-from distml.exchange.shared_memory import POLL_S, Host, Regions, Words, host_regions
+from distml.exchange.segment import KEPT, Regions, kept_regions
+from distml.exchange.shared_memory import POLL_S, Host, Words, host_regions, is_finite
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda
 from distml.strategies.in_place import pieces
@@ -42,12 +43,14 @@ from distml.strategies.parameter_server import Clock
 from distml.strategies.shard import Entry, Shard
 
 BOOK_BYTES = 2**20  # of JSON: the clock, and answers that wait to be taken
-CAPTURES = 2
 RELEASED, EVENTS, WRITING, PLACE = range(4)  # words of "server_words"
 
 
-def async_regions(flat: FlatModel, carried: Carried, moments: list[str], size: int) -> Regions:
-    """The segment of `size` workers: everyone's gradients, buffers of weights, moments and captures of them."""
+def async_regions(flat: FlatModel, carried: Carried, moments: list[str], size: int, keeps: bool) -> Regions:
+    """The segment of `size` workers: everyone's gradients, buffers of weights, moments.
+
+    `keeps`: states are kept for a recovery; else only the moments of those that a worker is about to hand over.
+    """
     numel, kind = flat.layout.numel, str(flat.weights.dtype).removeprefix("torch.")
     return Regions.build(
         [
@@ -59,7 +62,7 @@ def async_regions(flat: FlatModel, carried: Carried, moments: list[str], size: i
             *((f"gradients-{index}", flat.gradients.numel(), kind) for index in range(size)),
             *((f"weights-{index}", numel, kind) for index in range(size + 1)),
             *((f"moment-{name}", numel, kind) for name in moments),
-            *((f"capture-{slot}-{name}", numel, kind) for slot in range(CAPTURES) for name in moments),
+            *(row for row in kept_regions(numel, kind, moments, 1) if keeps or not row[0].endswith("-weights")),
         ]
     )
 
@@ -80,7 +83,7 @@ class Book:
     readers: dict[int, int] = field(default_factory=dict)
     answers: list[list[Any]] = field(default_factory=list)
     updates: int = 0
-    captures: list[list[Any] | None] = field(default_factory=lambda: [None] * CAPTURES)
+    captures: list[list[Any] | None] = field(default_factory=lambda: [None] * KEPT)
 
 
 class SharedServers:
@@ -116,6 +119,7 @@ class SharedServers:
         self.clock = Clock(job.model_copy(update={"strategy": job.strategy.model_copy(update={"servers": 1})}),
                            agenda, num_phases)  # fmt: skip
         self.book = Book()
+        self.keeps = "kept-0-weights" in segment.regions.places
         self._lay_out(agenda.budget_steps)
         if state == "new":
             self._begin(flat.weights, None)
@@ -157,27 +161,44 @@ class SharedServers:
 
     def captured(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
         """The shared half at the version that this worker reads, or None if its moments are no longer there."""
-        awaited = "its turn to keep a state"
-        with self._locked(awaited):
-            rows = list(self.book.captures)
-        found = next((slot for slot, row in enumerate(rows) if row and row[0] == version), None)
+        found = self._row(version)
         if found is None:
             return None
-        moments = {name: self.host.segment.array(f"capture-{found}-{name}").copy() for name in self.moment_names}
-        with self._locked(awaited):
-            if self.book.captures[found] != rows[found]:  # overwritten meanwhile: the others do not wait for copies
-                return None
-        _, clock, updates = rows[found] or []
-        return {"weights": to_numpy(self.flat.weights).copy(), "moments": moments, "carried": carried,
-                "clock": {**clock, "updates": updates}}  # fmt: skip
+        slot, clock = found
+        moments = {name: self.host.segment.array(f"kept-{slot}-{name}").copy() for name in self.moment_names}
+        if self._row(version) is None:  # overwritten meanwhile: the others do not wait for copies
+            return None
+        return {"weights": to_numpy(self.flat.weights).copy(), "moments": moments, "carried": carried, "clock": clock}
+
+    def kept(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
+        """The shared half at the version that this worker reads; its vectors stay in the segment."""
+        if not self.keeps:
+            return None
+        if not is_finite(self.flat.weights):
+            raise FloatingPointError(f"the weights are not finite at step {version}")
+        found = self._row(version)
+        return {"carried": carried, "clock": found[1]} if found is not None else None
+
+    def _row(self, version: int) -> tuple[int, dict[str, Any]] | None:
+        """The slot that holds the state of a version, and the clock's state then."""
+        with self._locked("its turn to look for a state"):
+            rows = list(enumerate(self.book.captures))
+        for slot, row in rows:
+            if row is not None and row[0] == version:
+                return slot, {**row[1], "updates": row[2]}
+        return None
 
     def _capture(self, entry: Entry) -> None:
-        taken = [row[0] if row else -1 for row in self.book.captures]
+        """Keep the state after an entry, in place of the older one of those kept."""
+        segment, taken = self.host.segment, [row[0] if row else -1 for row in self.book.captures]
         slot = taken.index(min(taken))
-        self.book.captures[slot] = None
+        versions = segment.array("kept-versions")
+        versions[slot] = -1
         for name in self.moment_names:
-            segment = self.host.segment
-            segment.tensor(f"capture-{slot}-{name}").copy_(segment.tensor(f"moment-{name}"))
+            segment.tensor(f"kept-{slot}-{name}").copy_(segment.tensor(f"moment-{name}"))
+        if self.keeps:
+            segment.tensor(f"kept-{slot}-weights").copy_(self.buffers[self.book.newest])
+        versions[slot] = entry.version + 1
         self.book.captures[slot] = [entry.version + 1, entry.clock, self.book.updates]
 
     # -------------------------------------------------------------------------------------------------------- the lock
@@ -273,6 +294,7 @@ class SharedServers:
         """Have one phase's gradient applied, and read the new version from now on."""
         head.ticket += self.generation * 10**9
         with self._locked(f"the turn of its gradient {head.ticket}"):
+            self.host.at("lock")
             self.book.readers.pop(self.rank, None)
             self._commit(self.clock.arrive(0, self.rank, head.ticket, head))
             answer, events = self._take(head.ticket), self.words.get(EVENTS)
@@ -284,6 +306,7 @@ class SharedServers:
                 answer, events = self._take(head.ticket), self.words.get(EVENTS)
             if time.monotonic() > deadline:
                 raise PeerLost(f"rank {self.rank} waited {self.host.timeout_s:g} s for {awaited}")
+        self.host.at("answer")
         self.bytes_sent += gradient.numel() * gradient.element_size()
         reply, buffer = answer
         self.flat.point_to(self.buffers[buffer])
@@ -356,10 +379,12 @@ class SharedServers:
             shard.apply(kept, None)
             for message in messages.values():
                 message[own].zero_()
+            self.host.at("update")
         self.book.newest = target
         self.book.updates += entry.last_phase
         if entry.capture:
             self._capture(entry)
+        self.host.at("publish")
         return math.sqrt(sum(squares)) if entry.needs_norm else None
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from distml.exchange.channel import Channel, Group
 from distml.exchange.flat import COUNT, ROWS, TAIL, VOTE, from_numpy, to_numpy
-from distml.exchange.shared_memory import Regions, SharedMemoryGroup
+from distml.exchange.segment import Regions
+from distml.exchange.shared_memory import SharedMemoryGroup
 from distml.strategies.agenda import crossed
 from distml.strategies.base import Strategy
 from distml.strategies.in_place import InPlaceUpdate, sync_regions
@@ -60,8 +61,8 @@ class Single(Strategy):
             self.optimizer.moments = self.in_place.moments
         self.leaves_gradients = self.in_place is None
 
-    def regions(self, size: int) -> Regions:
-        return sync_regions(self.flat, list(self.optimizer.moments), size)
+    def regions(self, size: int, keeps: bool) -> Regions:
+        return sync_regions(self.flat, list(self.optimizer.moments), size, keeps)
 
     @property
     def group(self) -> Group:
@@ -114,6 +115,12 @@ class Single(Strategy):
             "carried": self.carried.arrays(),
             "clock": {**self.clock_state(), "updates": self._updates},
         }
+
+    def kept_state(self) -> dict[str, Any] | None:
+        if self.in_place is None or self.in_place.kept is None:
+            return None
+        self.in_place.keep(self.progress.version)
+        return {"carried": self.carried.arrays(), "clock": {**self.clock_state(), "updates": self._updates}}
 
     @property
     def _updates(self) -> int:
