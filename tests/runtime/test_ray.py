@@ -62,6 +62,8 @@ class Notes(SilentDisplay):
 
 
 def run(out: Path, runtime: str = "ray", inject=(), display=None, **keys) -> distml.Result:
+    if "servers" in keys.get("strategy", ""):  # with processes of their own, which shared memory has not
+        keys["transport"] = "object_store"
     return distml.run({**SPEC, **keys}, out=out, runtime=runtime, inject=inject, display=display)
 
 
@@ -95,6 +97,8 @@ def test_ray_and_inline_give_the_same_numbers(name, undisturbed, tmp_path):
     strategy = SERVED if name == "served" else name
     result = run(tmp_path / "run", strategy=strategy)
     assert (result.status, result.step) == ("done", 60)
+    used = json.loads((tmp_path / "run" / "environment.json").read_text())["transport"]
+    assert used.startswith("object_store (2 servers" if name == "served" else "shared_memory (2 workers on one host")
     assert_same(weights(tmp_path / "run"), weights(undisturbed[name]))
     assert rows(tmp_path / "run") == rows(undisturbed[name])
 
