@@ -396,6 +396,8 @@ class WorkerActor:
         """Where a worker that takes a dead one's place finds this host's segment; None: it can only go back."""
         from distml.strategies.shared_servers import is_intact
 
+        if self.group is None or self.group.host.segment.descriptor < 0:
+            return None
         host = self.group.host
         whole = is_intact(host.segment.descriptor, self.trainer.strategy.channel.words, self.job.limits.heartbeat_s)
         if not whole or host.words.get(0):

@@ -103,6 +103,7 @@ class RayRuntime:
         self.start_weights = start_weights
         self.group = self._place()
         self.transport = choose(self.job, self._nodes())
+        self._check_injections()
         self._start_servers()
         for rank in range(self.size):
             self.workers[rank] = self._worker(rank)
@@ -114,6 +115,13 @@ class RayRuntime:
         self.built_weights = self.workers[0].start_weights.remote() if self.servers else None
         hosts = sorted({f["host"] for f in self.facts.values()})
         return Description(self.layout, facts["frozen"], str(self.transport), hosts)
+
+    def _check_injections(self) -> None:
+        """Refuse what would never happen: servers that fail where there are none."""
+        aimed = next((text for text in self.injections if Injection.parse(text).role == "server"), None)
+        if aimed is not None and self.transport.name != "object_store":
+            raise UsageError(f"--inject {aimed}: there are no servers with transport {self.transport}; "
+                             "add --set transport=object_store")  # fmt: skip
 
     def _nodes(self) -> list[str]:
         """The node of each rank's bundle."""
