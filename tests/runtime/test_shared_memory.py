@@ -135,7 +135,7 @@ def test_bounded_staleness_goes_on_when_a_worker_dies_for_whom_others_wait(tmp_p
 
 
 def test_a_failure_of_servers_that_are_not_there_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="there are no servers with transport shared_memory .* transport=object_store"):
+    with pytest.raises(UsageError, match=r"no servers with transport shared_memory .* transport=object_store"):
         run(tmp_path / "run", strategy={"name": "parameter_server"}, inject=["kill:server=0,step=5"])
 
 
