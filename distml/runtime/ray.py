@@ -88,6 +88,7 @@ class RayRuntime:
         self.broken: dict[str, tuple[float, str]] = {}  # whose exchange broke, when and how; a death explains it soon
         self.generation = 0
         self.group: PlacementGroup | None = None
+        self.bundles: list[int] = []  # each rank's
         self.stop_asked, self.owns_ray = False, False
         self.stop_told_at: float | None = None
         self.start_weights: Mapping[str, Array] | None = None
@@ -102,6 +103,8 @@ class RayRuntime:
         check_resources(self.job, self.owns_ray)
         self.start_weights = start_weights
         self.group = self._place()
+        places = placement_group_table(self.group)["bundles_to_node_id"]
+        self.bundles = in_rank_order(places, ray.get_runtime_context().get_node_id())
         self.transport = choose(self.job, self._nodes())
         self._check_injections()
         self._start_servers()
@@ -126,7 +129,7 @@ class RayRuntime:
     def _nodes(self) -> list[str]:
         """The node of each rank's bundle."""
         table = placement_group_table(self.group)
-        return [str(table["bundles_to_node_id"][rank]) for rank in range(self.size)]
+        return [str(table["bundles_to_node_id"][bundle]) for bundle in self.bundles]
 
     def _start_servers(self) -> None:
         if self.transport.name == "object_store":
@@ -177,7 +180,7 @@ class RayRuntime:
         return group
 
     def _worker(self, rank: int) -> Any:
-        place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
+        place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles[rank])
         resources = self.job.resources
         worker: Any = WorkerActor
         options = worker.options(
@@ -188,7 +191,8 @@ class RayRuntime:
     def _server(self, index: int) -> Any:
         server: Any = ServerActor
         node = self._server_node(index)
-        there = NodeAffinitySchedulingStrategy(node, soft=True)  # soft: a node may leave just now
+        # Not soft, which Ray takes for no wish where no CPU is reserved. A node that has just left is a lost server.
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
         return server.options(scheduling_strategy=there).remote(index, self.job_json, self.directory, self.injections)
 
     def _server_node(self, index: int) -> str:
@@ -616,6 +620,19 @@ def server_nodes(placement: str, alive: Mapping[str, bool], workers: list[str], 
         nodes += [node for node in sorted(alive) if alive[node] and node not in nodes]
     nodes = nodes or sorted(alive)
     return [nodes[index % len(nodes)] for index in range(count)]
+
+
+def in_rank_order(nodes: Mapping[int, str], here: str) -> list[int]:
+    """Bundles in the order of the ranks that take them.
+
+    Those on the driver's node come first, so that what rank 0 keeps for a recovery every few steps does not cross the
+    network; then node by node.
+
+    Args:
+        nodes: bundle -> node.
+        here: the driver's node.
+    """
+    return sorted(nodes, key=lambda bundle: (nodes[bundle] != here, nodes[bundle], bundle))
 
 
 def without_spent(injections: tuple[str, ...], roles: list[str]) -> tuple[str, ...]:

@@ -163,7 +163,7 @@ def test_a_death_while_an_answer_is_under_way_hangs_nobody(injection, shared_ray
     assert [line["step"] for line in lines if "eval/loss" in line][-1] == 120
 
 
-# --------------------------------------------------------------------------------------------------- half-sent gradients
+# ---------------------------------------------------------------------------------------------- half-sent gradients
 def test_a_gradient_that_was_sent_by_half_is_dropped_by_all_shards():
     job = job_of(spec_of(workers=2, strategy={**SERVED, "mode": "async"}))
     layout = Layout.build([("weight", (512,), 0, 0)])
