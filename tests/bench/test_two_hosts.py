@@ -19,6 +19,7 @@ from distml.bench import hosts
 from distml.bench.hosts import call, missing, two_hosts
 from distml.errors import UsageError
 from distml.launch.evaluate import load_model
+from distml.runtime.ray import in_rank_order
 
 REASON = missing()
 needs_hosts = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -74,13 +75,13 @@ def inline(folder: Path, strategy, **changes) -> torch.Tensor:
     return weights(folder / "inline")
 
 
-def workers_on(host) -> list[int]:
-    """Process ids of the run's workers on a host: Ray names its processes after their actors."""
-    found = []
+def workers_on(host) -> dict[int, str]:
+    """The run's workers on a host, process id -> name of the log: Ray names its processes after their actors."""
+    found = {}
     for pid in host.pids():
         with contextlib.suppress(OSError):
             if b"WorkerActor" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
+                found[pid] = Path(f"/proc/{pid}/fd/1").readlink().name
     return found
 
 
@@ -91,11 +92,14 @@ def test_two_hosts_learn_what_one_process_learns(pair, tmp_path, strategy):
     process = start(pair, tmp_path, strategy)
     seen = set()
     while process.poll() is None:
-        seen |= {index for index, host in enumerate(pair.hosts) if workers_on(host)}
+        seen |= {(log, index) for index, host in enumerate(pair.hosts) for log in workers_on(host).values()}
         time.sleep(0.1)
     code, output = finish(process)
     assert code == 0, output
-    assert seen == {0, 1}  # a worker on each
+    # One on each; rank 0, which keeps the shared state for a recovery, beside the driver.
+    assert {(log, index) for log, index in seen if log.startswith("worker-") and log.count("-") == 1} == {
+        ("worker-0.log", 0), ("worker-1.log", 1)
+    }  # fmt: skip
     assert torch.allclose(weights(tmp_path / "run"), inline(tmp_path, strategy), rtol=0, atol=1e-4)
     assert pair.bytes_sent()["link_bytes"] - before > STEPS * MODEL_BYTES  # the control: it went over the link
 
@@ -119,6 +123,19 @@ def test_a_lost_worker_on_the_other_host_is_noticed_and_replaced(pair, tmp_path,
     assert "rank" in output
     assert victim not in workers_on(pair.hosts[1])
     assert torch.allclose(weights(tmp_path / "run"), inline(tmp_path, strategy, **longer), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "here", "order"),
+    [
+        ({0: "b", 1: "a"}, "a", [1, 0]),
+        ({0: "b", 1: "a", 2: "b", 3: "a"}, "b", [0, 2, 1, 3]),
+        ({0: "b", 1: "a"}, "head", [1, 0]),
+        ({0: "a", 1: "a"}, "a", [0, 1]),
+    ],
+)
+def test_ranks_begin_on_the_drivers_node(nodes, here, order):
+    assert in_rank_order(nodes, here) == order
 
 
 @needs_hosts
