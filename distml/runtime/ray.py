@@ -536,6 +536,8 @@ class RayRuntime:
     # ---------------------------------------------------------------------------------------------------------- other
     def shared_state(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
         """The servers' captures of a version; None if a newer one has taken their place, or a server is gone."""
+        if not self.servers:  # the workers hand it over themselves; this one was overwritten before
+            return None
         calls = [self.servers[index].captured.remote(version) for index in sorted(self.servers)]
         try:
             pieces = ray.get(calls, timeout=self.job.limits.lost_after_s)

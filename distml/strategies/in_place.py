@@ -26,7 +26,7 @@ from distml.spec.schema import JobSpec
 from distml.strategies.optimizer import FlatOptimizer, applied_optimizer
 from distml.strategies.shard import Entry, Shard
 
-PIECE_ELEMENTS = 2**18  # of a shard; with the workers' gradients 1 MiB each
+PIECE_ELEMENTS = 2**19  # of a shard: 2 MiB of each vector in float32; smaller ones cost calls, larger ones the cache
 
 Reduce = Callable[[int, Tensor, Group], None]
 """Replace a phase's message by its sum over the ranks of a group: (phase, message, group)."""

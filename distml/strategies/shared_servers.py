@@ -76,7 +76,8 @@ class Book:
         readers: rank -> the buffer that it computes on.
         answers: [rank, ticket, reply, buffer] that wait to be taken.
         updates: steps of the optimiser.
-        captures: [version, clock's state, updates] of the moments in each slot, or None.
+        captures: [version, clock's state, updates, owner] of the state in each slot, or None. The owner is who has yet
+            to take it: what it evaluates or what becomes a checkpoint is not overwritten before. -1: nobody.
     """
 
     newest: int = 0
@@ -166,7 +167,7 @@ class SharedServers:
             return None
         slot, clock = found
         moments = {name: self.host.segment.array(f"kept-{slot}-{name}").copy() for name in self.moment_names}
-        if self._row(version) is None:  # overwritten meanwhile: the others do not wait for copies
+        if self._row(version, taken=True) is None:  # overwritten meanwhile: the others do not wait for copies
             return None
         return {"weights": to_numpy(self.flat.weights).copy(), "moments": moments, "carried": carried, "clock": clock}
 
@@ -179,19 +180,24 @@ class SharedServers:
         found = self._row(version)
         return {"carried": carried, "clock": found[1]} if found is not None else None
 
-    def _row(self, version: int) -> tuple[int, dict[str, Any]] | None:
-        """The slot that holds the state of a version, and the clock's state then."""
+    def _row(self, version: int, taken: bool = False) -> tuple[int, dict[str, Any]] | None:
+        """The slot with the state of a version, and the clock's state then; `taken`: it may be overwritten now."""
         with self._locked("its turn to look for a state"):
-            rows = list(enumerate(self.book.captures))
-        for slot, row in rows:
-            if row is not None and row[0] == version:
-                return slot, {**row[1], "updates": row[2]}
+            for slot, row in enumerate(self.book.captures):
+                if row is not None and row[0] == version:
+                    row[3] = -1 if taken else row[3]
+                    return slot, {**row[1], "updates": row[2]}
         return None
 
     def _capture(self, entry: Entry) -> None:
-        """Keep the state after an entry, in place of the older one of those kept."""
-        segment, taken = self.host.segment, [row[0] if row else -1 for row in self.book.captures]
-        slot = taken.index(min(taken))
+        """Keep the state after an entry in place of the oldest that nobody has yet to take; if there is none, not."""
+        segment, owner = self.host.segment, -1
+        if entry.lasting:
+            owner = next(rank for (rank, _), reply in entry.replies.items() if reply.duties)
+        ages = {slot: row[0] if row else -1 for slot, row in enumerate(self.book.captures) if not row or row[3] < 0}
+        if not ages:
+            return
+        slot = min(ages, key=lambda one: ages[one])
         versions = segment.array("kept-versions")
         versions[slot] = -1
         for name in self.moment_names:
@@ -199,7 +205,7 @@ class SharedServers:
         if self.keeps:
             segment.tensor(f"kept-{slot}-weights").copy_(self.buffers[self.book.newest])
         versions[slot] = entry.version + 1
-        self.book.captures[slot] = [entry.version + 1, entry.clock, self.book.updates]
+        self.book.captures[slot] = [entry.version + 1, entry.clock, self.book.updates, owner]
 
     # -------------------------------------------------------------------------------------------------------- the lock
     @contextmanager
@@ -259,6 +265,9 @@ class SharedServers:
         """A worker is gone: the clock lets it go, its buffer is free."""
         self.book.readers.pop(rank, None)
         self.book.answers = [row for row in self.book.answers if row[0] != rank]
+        for row in self.book.captures:
+            if row is not None and row[3] == rank:
+                row[3] = -1
         self._commit(self.clock.leave(rank))
 
     def _read(self) -> None:

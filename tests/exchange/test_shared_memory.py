@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -162,6 +163,35 @@ def test_an_asynchronous_kept_state_is_whole():
     assert np.unique(kept["weights"]).size == np.unique(kept["momentum"]).size == 1
 
 
+def test_what_becomes_a_checkpoint_waits_for_a_slow_worker():
+    """Each worker that owes a checkpoint lets the others make 40 versions before it takes the state."""
+    spec = spec_of("ones:Ones", workers=3, strategy={"name": "parameter_server", "mode": "async"}, steps=240,
+                   optimizer={"name": "sgd", "lr": 1.0, "momentum": 0.5}, checkpoint={"every": 60})  # fmt: skip
+    found = trainers(spec, keeps=True, snapshot_every=10)
+
+    def newest() -> int:
+        return max(t.strategy.progress.version for t in found)
+
+    def linger(strategy) -> None:
+        end = time.monotonic() + 5.0
+        while newest() < min(strategy.progress.version + 40, 230) and time.monotonic() < end:
+            time.sleep(0.001)
+
+    for trainer in found:
+        trainer.strategy.average_carried = lambda s=trainer.strategy: linger(s)
+    events = together([lambda t=t: advance(t) for t in found])
+    rows = {e.version: e.shared for part in events for e in part if isinstance(e, Snapshot) and e.checkpoint}
+    assert {60, 120, 180, 240} <= rows.keys()
+    for version, shared in rows.items():
+        momentum, weight = 0.0, 0.0
+        for _ in range(version):
+            momentum = 0.5 * momentum + 1.0
+            weight -= momentum
+        assert shared is not None, version
+        assert np.allclose(shared["moments"]["momentum"], momentum)
+        assert np.allclose(shared["weights"], weight, rtol=1e-6)
+
+
 def test_a_state_that_is_written_in_part_is_not_read():
     regions = Regions.build(kept_regions(8, "float32", ["m"], 2))
     segment = Segment.create(regions)
@@ -178,7 +208,7 @@ def test_a_state_that_is_written_in_part_is_not_read():
     segment.close()
 
 
-# ----------------------------------------------------------------------------------------------------------- collectives
+# --------------------------------------------------------------------------------------------------------- collectives
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_collectives_of_a_host(size):
     found = groups(list(range(size)), Regions.build(host_regions(size)), [list(range(size))])
@@ -373,5 +403,5 @@ def test_pieces_are_runs_of_whole_blocks_that_cover_a_shard():
         runs = [run for index in range(count) for run in pieces(layout, index, count)]
         assert runs[0][0] == 0
         assert runs[-1][1] == layout.numel
-        assert all(a[1] == b[0] for a, b in zip(runs[:-1], runs[1:], strict=True))
+        assert all(a[1] == b[0] for a, b in pairwise(runs))
         assert {start for start, _ in runs} <= starts
