@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distml.events import Report
-from distml.runtime.merge import ReportMerger
+from distml.runtime.merge import ReportMerger, gini, staleness_summary
 
 
 def report(rank: int, version: int, total: float = 1.0) -> Report:
@@ -52,3 +52,46 @@ def test_an_asynchronous_rank_that_is_far_behind_does_not_hold_the_others_up():
     assert [row["step"] for row in rows] == [10, 20]
     (row,) = merger.add(report(1, 35, 3.0))
     assert row["train/loss"] == pytest.approx(2.0)
+
+
+def lagging(rank: int, version: int, contributed: float, **staleness: int) -> Report:
+    found = report(rank, version)
+    found.values["contributed"] = contributed
+    found.staleness = {name[1:]: number for name, number in staleness.items()}
+    return found
+
+
+def test_staleness_and_contributions_of_a_row_by_hand():
+    merger = ReportMerger(2, is_synchronous=False)
+    merger.add(lagging(0, 10, 30.0, v0=6, v1=1))
+    (row,) = merger.add(lagging(1, 12, 10.0, v3=2, v9=1))
+    found = {name: value for name, value in row.items() if name.startswith(("staleness/", "workers/"))}
+    assert found == {
+        "staleness/mean": (1 + 6 + 9) / 10, "staleness/max": 9, "staleness/p50": 0, "staleness/p95": 9,
+        "staleness/count_0": 6, "staleness/count_1": 1, "staleness/count_2": 2, "staleness/count_4": 0,
+        "staleness/count_8": 1, "workers/gini": 20 / (2 * 40) * 2 / 2,
+    }  # fmt: skip
+    merger.add(lagging(0, 20, 60.0, v0=1))
+    (row,) = merger.add(lagging(1, 21, 20.0, v1=1))
+    assert (row["staleness/count_8"], row["staleness/max"]) == (0, 1)  # or the last value would stay in the result
+    merger.restore(0, [])
+    assert merger.contributed == {}
+
+
+def test_percentiles_are_the_smallest_values_that_so_many_do_not_exceed():
+    assert staleness_summary({4: 1}) == {
+        "staleness/mean": 4,
+        "staleness/max": 4,
+        "staleness/p50": 4,
+        "staleness/p95": 4,
+    }
+    counts = {0: 50, 1: 45, 7: 5}
+    assert (staleness_summary(counts)["staleness/p50"], staleness_summary(counts)["staleness/p95"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("amounts", "expected"),
+    [([5.0, 5.0, 5.0], 0.0), ([1.0, 1.0, 2.0], 1 / 6), ([0.0, 0.0, 0.0, 8.0], 3 / 4), ([0.0, 0.0], 0.0), ([3.0], 0.0)],
+)
+def test_gini_by_hand(amounts, expected):
+    assert gini(amounts) == pytest.approx(expected)
