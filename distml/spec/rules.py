@@ -81,9 +81,7 @@ def _transport(job: JobSpec) -> Iterator[Problem]:
     strategy, here = job.strategy, (("transport",),)
     fitting = TRANSPORTS[strategy.name]
     if job.transport not in fitting:
-        yield Problem(
-            f"transport {job.transport} does not fit strategy {strategy.name}; use {' or '.join(fitting)}", here
-        )
+        yield Problem(f"transport {job.transport} does not fit strategy {strategy.name}; use {listed(fitting)}", here)
     if job.transport != "shared_memory":
         return
     wire = fitting[-1]
@@ -95,6 +93,11 @@ def _transport(job: JobSpec) -> Iterator[Problem]:
                 f"strategy.{key} is for a wire, and shared_memory has none; remove it, or set transport to {wire}",
                 (("strategy", key), *here),
             )
+
+
+def listed(names: tuple[str, ...]) -> str:
+    """As in a sentence: `a, b or c`."""
+    return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def _needs(job: JobSpec, own_needs: frozenset[str] | None) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from own.oracle import job_of, spec_of
 
 from distml.exchange.layout import MAX_BLOCK, MIN_BLOCK, Entry, Layout
 from distml.strategies.optimizer import FlatOptimizer, block_square_norms
-from distml.strategies.parameter_server import shard_slice
+from distml.strategies.shard import shard_slice
 
 ROWS = [("a.weight", (30, 20), 1, 0), ("a.bias", (30,), 1, 1), ("b.weight", (500,), 0, 0), ("b.bias", (), 0, 1),
         ("c", (7, 3, 50), 1, 0)]  # fmt: skip

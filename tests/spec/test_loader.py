@@ -50,7 +50,7 @@ BAD = {
     "strategy": (
         "strategy: all_redcue",
         "5:11",
-        "unknown strategy 'all_redcue'; did you mean 'all_reduce'? (known: single, all_reduce, parameter_server)",
+        "unknown strategy 'all_redcue'; did you mean 'all_reduce'? (known: single, all_reduce, parameter_server, local_sgd)",
     ),
     "strategy in a block": ("strategy: {name: x}", "5:18", "unknown strategy 'x'; known: single, all_reduce"),
     "strategy without a name": ("strategy: {mode: sync}", "5:11", "'name' is missing in strategy; one of single"),

@@ -73,10 +73,26 @@ BROKEN = {
         "6:10", "inline.speeds has 1 entries, resources.workers is 2",
     ),
     "transport of the other": (
-        STOP + "transport: object_store", "5:1", "does not fit strategy all_reduce; use auto or process_group",
+        STOP + "transport: object_store", "5:1", "does not fit strategy all_reduce; use auto, shared_memory or process_group",
     ),
     "transport of servers": (
-        STOP + "strategy: parameter_server\ntransport: process_group", "6:1", "use auto or object_store",
+        STOP + "strategy: parameter_server\ntransport: process_group", "6:1", "use auto, shared_memory or object_store",
+    ),
+    "compression in shared memory": (
+        STOP + "strategy: {name: all_reduce, compression: bf16}\ntransport: shared_memory", "5:30",
+        "strategy.compression is for a wire, and shared_memory has none; remove it, or set transport to process_group",
+    ),
+    "prefetch in shared memory": (
+        STOP + "strategy: {name: parameter_server, mode: async, prefetch: true}\ntransport: shared_memory", "5:49",
+        "strategy.prefetch is for a wire, and shared_memory has none; remove it, or set transport to object_store",
+    ),
+    "gpus in shared memory": (
+        STOP + "resources: {workers: 2, gpus_per_worker: 1}\ntransport: shared_memory", "6:1",
+        "transport shared_memory is for gradients on CPUs, not on GPUs; set process_group or auto",
+    ),
+    "prefetch without staleness": (
+        STOP + "strategy: {name: parameter_server, prefetch: true}", "5:36",
+        "prefetch is for modes async and ssp, the mode is sync; remove it or change the mode",
     ),
     "transport of one": (STOP + "strategy: single\ntransport: process_group", "6:1", "strategy single; use auto"),
     "two rules": (
