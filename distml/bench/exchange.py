@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from distml.bench import figure
 from distml.bench.contenders import (
     EVERYWHERE,
     INDEPENDENT,
@@ -30,6 +31,7 @@ from distml.bench.contenders import (
     Cell,
     Site,
     start,
+    terminable,
 )
 from distml.bench.table import cells, conditions, summary
 from distml.bench.timing import (
@@ -121,7 +123,7 @@ def the_site(hosts: int, rate: str, workers: int) -> Iterator[tuple[Site, Sample
     os.environ |= EVERYWHERE  # before Ray starts: its workers inherit them
     used = ProcessTimes()
     if hosts == 1:
-        with local_ray(cpus=2 * workers + 2) as address, Sampler(used) as sampler:
+        with local_ray(cpus=2 * workers + 2) as address, terminable(), Sampler(used) as sampler:
             yield Site(address), sampler
         return
     from distml.bench.hosts import two_hosts
@@ -279,7 +281,7 @@ def cell_table(cell: Mapping[str, Any], about: Mapping[str, Any]) -> tuple[str, 
     if about["hosts"] > 1:
         header.insert(8, "MB on the link")
     body = [row(LABELS[name], one, cell["workers"], about["hosts"]) for name, one in found.items()]
-    where = "one host" if about["hosts"] == 1 else f"two hosts, {about['rate']}/s"
+    where = "one host" if about["hosts"] == 1 else f"two hosts, {figure.rate_name(about['rate'])}"
     title = f"{cell['size']} parameters, {cell['workers']} workers, {cell['optimizer']}, {where}"
     failures = [f"{LABELS[name]} failed: {error}" for name, error in cell["errors"].items()]
     return title, header, body, [*map(target_line, cell["targets"]), *failures]
@@ -293,8 +295,6 @@ def failure(report: Mapping[str, Any]) -> str | None:
 
 def draw(report: Mapping[str, Any]) -> bytes:
     """The report as a picture, PNG."""
-    from distml.bench import figure
-
     return figure.draw(report)
 
 

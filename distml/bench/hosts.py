@@ -21,14 +21,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from distml.bench.contenders import EVERYWHERE, end_group, spawn
+from distml.bench.contenders import EVERYWHERE, end_group, spawn, terminable
 from distml.errors import RunError, UsageError
 
 INTERFACE = "eth0"
@@ -226,20 +224,3 @@ def sweep() -> None:
         found = pattern.fullmatch(line.split(" ")[0])
         if found and not Path("/proc", found[1]).exists():
             remove(NamespaceHost(found[0], ""))
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM ends the block like an interrupt from the keyboard, so that it is cleaned up after."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -111,7 +111,7 @@ class Sampler:
         every_s: seconds between readings.
     """
 
-    def __init__(self, read: Callable[[], dict[str, float]], every_s: float = 0.5) -> None:
+    def __init__(self, read: Callable[[], dict[str, float]], every_s: float = 0.25) -> None:
         self.read, self.every_s = read, every_s
         self.at: list[float] = []
         self.readings: list[dict[str, float]] = []

@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from distml.bench import contenders, exchange
+from distml.bench import contenders, exchange, figure
 from distml.bench.contenders import LABELS, ONE_HOST, STRATEGIES, TWO_HOSTS, Cell, write_spec
 from distml.bench.table import summary
 from distml.bench.timing import Plan, Times
@@ -72,6 +72,10 @@ def test_a_report_is_json_and_its_tables_are_even():
     assert "torch DDP, gloo did not come to an end" in exchange.failure(report)
     about["batch_per_worker"] = 16
     assert exchange.draw({**report, "conditions": about}).startswith(b"\x89PNG")
+
+
+def test_rates_are_written_as_people_do():
+    assert [figure.rate_name(rate) for rate in exchange.RATES] == ["1 Gbit/s", "100 Mbit/s"]
 
 
 def test_async_is_measured_in_updates_and_others_in_their_slowest_worker():

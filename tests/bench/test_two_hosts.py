@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -101,7 +102,10 @@ def test_two_hosts_learn_what_one_process_learns(pair, tmp_path, strategy):
         ("worker-0.log", 0), ("worker-1.log", 1)
     }  # fmt: skip
     assert torch.allclose(weights(tmp_path / "run"), inline(tmp_path, strategy), rtol=0, atol=1e-4)
-    assert pair.bytes_sent()["link_bytes"] - before > STEPS * MODEL_BYTES  # the control: it went over the link
+    crossed = pair.bytes_sent()["link_bytes"] - before
+    assert crossed > 2 * STEPS * MODEL_BYTES  # the control: there and back, it went over the link
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert min(row["comm/bytes_per_step"] for row in rows if "comm/bytes_per_step" in row) >= 2 * MODEL_BYTES
 
 
 @needs_hosts
