@@ -21,6 +21,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined, unused-igno
 
 from distml.exchange.channel import PeerLost
 
+LOOPBACK = "127.0.0.1"
+
 
 def open_rendezvous(address: str) -> socket.socket:
     """A listening socket on `address`, whose port the kernel picks."""
@@ -38,6 +40,10 @@ class ProcessGroup:
         listener: rank 0's socket.
         timeout_s: of one collective; longer than anything healthy, since the driver ends what is lost much earlier.
         own_address: of this rank's node, on whose interface it talks; None: it is rank 0's.
+
+    Attributes:
+        overlaps: whether sums are better taken while backward runs (`exchange/ddp.py`): between GPUs, and between
+            hosts, where a wire works beside the processor.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class ProcessGroup:
         timeout_s: float, own_address: str | None = None,
     ) -> None:  # fmt: skip
         self.rank, self.size, self.bytes_sent = rank, size, 0
+        self.overlaps = device.type == "cuda" or host != LOOPBACK
         use_interface_of(own_address or host)
         timeout = datetime.timedelta(seconds=timeout_s)
         try:
@@ -66,10 +73,15 @@ class ProcessGroup:
         try:
             dist.all_reduce(moved)
         except RuntimeError as error:
-            raise self._lost("all_reduce", error) from error
+            raise self.lost("all_reduce", error) from error
         if moved is not vector:
             vector.copy_(moved)
-        self.bytes_sent += math.ceil(2 * (self.size - 1) / self.size * vector.numel() * vector.element_size())
+        self.bytes_sent += ring_bytes(vector, self.size)
+
+    def start_all_reduce(self, vector: Tensor) -> torch.futures.Future[list[Tensor]]:
+        """Begin what `all_reduce` does, for a vector on this rank's device; it is done when the future is."""
+        self.bytes_sent += ring_bytes(vector, self.size)
+        return dist.all_reduce(vector, async_op=True).get_future()  # type: ignore[union-attr, no-any-return]
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Every rank's payload: lengths first, then bytes padded to the longest."""
@@ -88,7 +100,7 @@ class ProcessGroup:
         try:
             dist.all_gather(rows, moved)
         except RuntimeError as error:
-            raise self._lost("all_gather", error) from error
+            raise self.lost("all_gather", error) from error
         return [row.cpu() for row in rows]
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
@@ -108,11 +120,12 @@ class ProcessGroup:
             for work in dist.batch_isend_irecv(calls) if calls else ():
                 work.wait()
         except RuntimeError as error:
-            raise self._lost("all_to_all", error) from error
+            raise self.lost("all_to_all", error) from error
         self.bytes_sent += sum(part.numel() for part in sent.values())
         return received
 
-    def _lost(self, operation: str, error: RuntimeError) -> PeerLost:
+    def lost(self, operation: str, error: RuntimeError) -> PeerLost:
+        """Break up, and say what an operation that failed has met."""
         self.close()
         text = " ".join(str(error).split())
         return PeerLost(f"rank {self.rank}, {operation} of {self.size} ranks: {text[:200]}")
@@ -121,6 +134,11 @@ class ProcessGroup:
         """Close all connections."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def ring_bytes(vector: Tensor, size: int) -> int:
+    """Bytes that one rank of a ring all-reduce sends: 2 (W - 1) / W of the vector."""
+    return math.ceil(2 * (size - 1) / size * vector.numel() * vector.element_size())
 
 
 def use_interface_of(address: str) -> None:

@@ -3,6 +3,8 @@
 With `compression` the sum is of what every worker sends, and each keeps what it did not send: a part of its own half.
 Momentum that compression accumulates (topk) is taken out of the optimiser. Clipping is by the norm of the mean
 gradient that comes out of the exchange.
+
+Where a process group is better used while backward runs, DDP sums the gradients there; the tail follows by itself.
 """
 
 from __future__ import annotations
@@ -12,9 +14,13 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from distml.exchange.channel import Group, WireGroup
+from distml.exchange.channel import Channel, Group, WireGroup
 from distml.exchange.compression.build import build_compressor
+from distml.exchange.ddp import OverlappedReduction
+from distml.exchange.flat import TAIL
+from distml.exchange.process_group import ProcessGroup
 from distml.strategies.single import Single
+from distml.tasks.base import Loss
 
 
 class AllReduce(Single):
@@ -23,9 +29,37 @@ class AllReduce(Single):
     def _build(self) -> None:
         super()._build()
         self.compressor = build_compressor(self.job, self.flat.layout, self.flat.weights)
+        self.overlapped: OverlappedReduction | None = None
+
+    def connect(self, group: Group | None, channel: Channel | None) -> None:
+        super().connect(group, channel)
+        if self.overlapped is not None:
+            self.overlapped.close()
+        self.overlapped = None
+        if isinstance(group, ProcessGroup) and group.overlaps and self._can_overlap:
+            self.overlapped = OverlappedReduction(self.module, self.flat.parameters, group)
+
+    @property
+    def _can_overlap(self) -> bool:
+        """DDP waits for every parameter in each backward, and leaves no room for a collective within the loss."""
+        return self.compressor is None and len(self.phases) == 1 and "group_mean" not in self.task.needs
+
+    def _forward(self, last: bool, *arguments: Any) -> Loss:
+        if self.overlapped is None or not last:
+            return super()._forward(last, *arguments)
+        loss: Loss = self.overlapped(*arguments)
+        return loss
+
+    def _backward(self, total: Tensor) -> None:
+        if self.overlapped is None:
+            super()._backward(total)
+        else:
+            self.overlapped.backward(total)
 
     def _reduce(self, phase: int, message: Tensor, group: Group) -> None:
-        if self.compressor is None:
+        if self.overlapped is not None:
+            group.all_reduce(message[-TAIL:])
+        elif self.compressor is None:
             group.all_reduce(message)
         else:
             self.compressor.reduce(phase, message, cast(WireGroup, group))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from own.oracle import OWN, job_of, spec_of
 from torch import Tensor, nn
 
 from distml.exchange.flat import Carried
+from distml.exchange.process_group import ProcessGroup, open_rendezvous
+from distml.loop import Trainer
 from distml.strategies.all_reduce import AllReduce
 from distml.strategies.parameter_server import ServerGroup
 from distml.tasks.build import build_task
@@ -53,3 +57,29 @@ def test_buffers_on_a_gpu_are_one_vector_there():
     carried = Carried(model)
     carried.set_average(carried.average_vector() + 1.0)
     assert model.running_var.tolist() == [2.0, 2.0]
+
+
+def trained_on_gpu(group: ProcessGroup | None) -> tuple[Trainer, torch.Tensor]:
+    spec = spec_of("small:Small", strategy="all_reduce", steps=20, micro_batch_size=5, log={"every": 5, "to": []},
+                   optimizer={"name": "adam", "lr": 0.01, "clip_norm": 0.5})  # fmt: skip
+    job = job_of(spec)
+    SourceTree.collect(job.task, OWN).install()
+    trainer = Trainer(job, build_task(job), 0, 1, torch.device("cuda", 0))
+    trainer.build(None)
+    trainer.connect(group, None)
+    list(trainer.advance())
+    return trainer, trainer.strategy.flat.weights
+
+
+@pytest.mark.gpu
+def test_all_reduce_over_nccl_sums_while_backward_runs_and_comes_to_the_same():
+    torch.cuda.set_device(0)
+    _, alone = trained_on_gpu(None)
+    listener = open_rendezvous("127.0.0.1")
+    port = listener.getsockname()[1]
+    with contextlib.closing(ProcessGroup(0, 1, "127.0.0.1", port, listener, torch.device("cuda", 0), 60.0)) as group:
+        trainer, weights = trained_on_gpu(group)
+        assert trainer.strategy.overlapped is not None
+    assert weights.is_cuda
+    assert (weights - alone).abs().max() <= 1e-12
+    assert trainer.strategy.progress.version == 20
