@@ -11,10 +11,11 @@ from own.oracle import OWN, job_of, spec_of, train
 from own.schedule import World
 
 import distml
-from distml.exchange.channel import Head
+from distml.exchange.channel import PULL, Head
+from distml.exchange.layout import Layout
 from distml.strategies.agenda import Agenda
 from distml.strategies.base import seed_everything
-from distml.strategies.parameter_server import Clock
+from distml.strategies.parameter_server import Clock, answered_range
 from distml.strategies.shard import Entry, Shard
 from distml.tasks.build import build_task
 from distml.tasks.data import DataOrder, take
@@ -98,6 +99,17 @@ def test_workers_that_die_at_any_moment_hang_nobody_and_leave_nothing(prefetch, 
         assert world.clock.held == []
 
 
+def test_a_step_begins_with_all_weights_of_one_version_and_in_between_a_phase_brings_its_own():
+    layout = Layout.build([("first", (300,), 0, 0), ("second", (500,), 1, 0)])
+
+    def entry(phase: int, dropped: bool = False) -> Entry:
+        return Entry(1, phase, [(0, 0)], 1.0, 1.0, 0, last_phase=phase == 1, dropped=dropped)
+
+    assert [answered_range(layout, entry(phase), True) for phase in (0, 1)] == [(0, 300), (300, 800)]
+    assert [answered_range(layout, entry(phase), False) for phase in (0, 1)] == [(0, 300), (0, 800)]
+    assert answered_range(layout, entry(PULL, dropped=True), True) == (0, 800)
+
+
 # ------------------------------------------------------------------------------------------------------------- prefetch
 def delayed(spec: dict, steps: int) -> torch.Tensor:
     """Serial SGD whose gradient k is of version k - 1, by hand: the weights after `steps` updates, flat."""
@@ -154,6 +166,16 @@ def test_prefetch_keeps_the_bound_and_every_duty(task, bound):
     assert versions.count(40) == 1
     assert len(versions) == len(set(versions)) >= 4
     assert [snapshot.version for snapshot in first.snapshots if snapshot.last] == [40]
+
+
+@pytest.mark.parametrize("steps", [6, 11, 20])
+def test_what_the_answer_under_way_asks_for_is_done_after_an_evaluation(steps):
+    job = spec_of(steps=steps, evaluate={"every": 5}, checkpoint={"every": 6}, strategy=server(prefetch=True))
+    trained = train(job)  # one worker: version 6 is made while 5 is evaluated
+    assert [event.version for event in trained.evaluated] == sorted({*range(5, steps + 1, 5), steps})
+    checkpoints = [snapshot.version for snapshot in trained.snapshots if snapshot.checkpoint]
+    assert checkpoints == sorted({*range(6, steps + 1, 6), steps})
+    assert trained.snapshots[-1].last
 
 
 def test_prefetch_ends_when_an_evaluation_says_so():
