@@ -54,7 +54,9 @@ class AllReduce(Single):
         if self.overlapped is None:
             super()._backward(total)
         else:
+            before = self.group.bytes_sent
             self.overlapped.backward(total)
+            self.meter.bytes_sent += self.group.bytes_sent - before
 
     def _reduce(self, phase: int, message: Tensor, group: Group) -> None:
         if self.overlapped is not None:
