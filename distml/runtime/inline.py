@@ -24,6 +24,7 @@ from distml.events import Event, Failed
 from distml.exchange.channel import PULL, Gradient, Head, PeerLost, Reply
 from distml.exchange.flat import from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
+from distml.exchange.process_group import ring_bytes
 from distml.loop import Trainer, failure, random_states, set_random_states
 from distml.runtime.cut import Cut, join_captures
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
@@ -176,11 +177,6 @@ class InlineGroup:
         copies = {id(part): part.clone() for part in parts}  # the same part may go to all
         rows = self.board.meet(self.rank, [copies[id(part)] for part in parts])[1]
         return [row[self.rank] for row in rows]
-
-
-def ring_bytes(vector: Tensor, size: int) -> int:
-    """Bytes that one rank of a ring all-reduce sends: 2 (W - 1) / W of the vector."""
-    return math.ceil(2 * (size - 1) / size * vector.numel() * vector.element_size())
 
 
 class InlineServers:
