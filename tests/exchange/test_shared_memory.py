@@ -1,7 +1,7 @@
 """Shared memory: segments, waits, collectives, and that what is trained there is bitwise what is trained inline.
 
 The workers are threads that map the segment each for itself (`hosted.py`); deaths of processes are in
-tests/runtime/test_shared_memory.py.
+tests/runtime/test_shared_memory_on_ray.py.
 """
 
 from __future__ import annotations
