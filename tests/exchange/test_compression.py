@@ -365,6 +365,23 @@ def test_the_sampled_search_finds_the_largest(count):
         assert torch.equal(row[chosen].abs().sort()[0], row.abs().sort()[0][-count:])
 
 
+@pytest.mark.parametrize("name", ["bf16", "int8", "topk"])
+def test_a_large_model_has_full_blocks(name):
+    """Of 65,536 elements: places take all 16 bits, and the sampled search is used."""
+    layout = Layout.build([("w", (2_200_000,), 0, 0)])
+    gradient, task, whole = drawn(3, layout.numel, torch.float32), job(name), (0, layout.numel)
+    assert layout.block_size == 65_536
+    compressor, sent = build_compressor(task, layout, like(torch.float32)), torch.zeros(layout.numel)
+    build_decoder(task, layout, like(torch.float32)).decode(
+        whole, compressor.encode(0, gradient.clone(), [whole]), sent
+    )
+    assert (sent + compressor.residual - gradient).abs().max() <= (0.0 if name in EXACT else 1e-5)
+    if name == "topk":
+        assert int(sent.count_nonzero()) == sum(round(0.05 * (stop - start)) for start, stop in layout.blocks)
+        block = slice(65_536, 131_072)
+        assert sent[block].abs()[sent[block] != 0].min() >= compressor.residual[block].abs().max()
+
+
 def test_nothing_finite_hides_what_is_not():
     for value in (torch.nan, torch.inf, -torch.inf):
         for name in METHODS:
