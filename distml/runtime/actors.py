@@ -66,7 +66,7 @@ def prepare_process(job: JobSpec) -> None:
 
 # A reply, where a shard's weights begin in the flat vector, and the weights: an array, or [reference to one].
 Answer = tuple["Reply", int, "Array | list[Any]"]
-# Measured with two workers: at 75 KB a step takes 7 ms with the weights in the answer itself and 12 ms with a reference;
+# Measured with two workers: at 75 KB a step takes 7 ms with the weights in the answer and 12 ms with a reference;
 # at 0.3 MB the two are alike, from 1 MB on the reference is faster.
 INLINE_BYTES = 100_000
 
