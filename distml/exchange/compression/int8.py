@@ -32,6 +32,7 @@ class Int8(Codec):
 
     def __init__(self, layout: Layout, like: Tensor) -> None:
         super().__init__(layout, like, width=min(ROW_ELEMENTS, layout.block_size))
+        self.room = torch.empty(0, dtype=self.dtype, device=self.device)
 
     def _num_rows(self, span: Range) -> int:
         return sum(tile.num_rows for tile in self.tiles(span))
@@ -51,8 +52,10 @@ class Int8(Codec):
         for tile in self.tiles(span):
             corrected = take(tile).view(-1, tile.width)
             scales = sections.scales[row : row + tile.num_rows].view(-1, 1)
-            scales.copy_(corrected.abs().amax(1, keepdim=True).div_(LEVELS).clamp_(min=smallest))
-            levels = corrected.div(scales).round_()
+            levels = self._scratch(tile)
+            largest = torch.abs(corrected, out=levels).amax(1, keepdim=True)
+            scales.copy_(largest.div_(LEVELS).clamp_(min=smallest))
+            torch.div(corrected, scales, out=levels).round_()
             sections.values[tile.start : tile.stop].view(-1, tile.width).copy_(levels)
             corrected.sub_(levels.mul_(scales))
             row += tile.num_rows
@@ -61,13 +64,19 @@ class Int8(Codec):
         parts, row = [self._sections(span, payload) for payload in payloads], 0
         for tile in self.tiles(span):
             piece = total[tile.start : tile.stop].view(-1, tile.width)
-            torch.mul(*self._rows(parts[0], tile, row, total.dtype), out=piece)
+            self._read(parts[0], tile, row, piece)
             for part in parts[1:]:
-                levels, scales = self._rows(part, tile, row, total.dtype)
-                piece.add_(levels * scales)
+                piece.add_(self._read(part, tile, row, self._scratch(tile)))
             row += tile.num_rows
 
-    def _rows(self, part: Sections, tile: Tile, row: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Levels [rows, width] and scales [rows, 1] of a tile."""
-        scales = part.scales[row : row + tile.num_rows].view(-1, 1).to(dtype)
-        return part.values[tile.start : tile.stop].view(-1, tile.width), scales
+    def _read(self, part: Sections, tile: Tile, row: int, out: Tensor) -> Tensor:
+        """A tile's values [rows, width], in `out`."""
+        scales = part.scales[row : row + tile.num_rows].view(-1, 1)
+        return out.copy_(part.values[tile.start : tile.stop].view(-1, tile.width)).mul_(scales)
+
+    def _scratch(self, tile: Tile) -> Tensor:
+        """Room for a tile [rows, width]; the same for all of them, so that it stays in the processor's cache."""
+        size = tile.stop - tile.start
+        if self.room.numel() < size:
+            self.room = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self.room[:size].view(-1, tile.width)
