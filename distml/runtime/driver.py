@@ -312,14 +312,14 @@ class Driver:
             self._rewind()
 
     def _forget_candidates(self, role: str | None) -> None:
-        """All of them; or, where the others went on, those of one rank, whose evaluations will not come."""
-        if role is None:
-            self.candidates, self.own = {}, {}
-            return
+        """All that a run will come to again; or, where the others went on, those whose evaluations one rank owes."""
+        gone_over = self.cut.version if self.cut is not None else 0  # what is older will not come again
         for version, candidate in sorted(self.candidates.items()):
-            if f"rank {candidate.event.rank}" == role:
+            if f"rank {candidate.event.rank}" == role or (role is None and version < gone_over):
                 candidate.judged = True
                 self._settle(version)
+        if role is None:
+            self.candidates, self.own = {}, {}
 
     def _rewind(self) -> None:
         """Rows after the cut are forgotten; they will be written again."""
