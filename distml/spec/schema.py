@@ -146,7 +146,9 @@ class TopKSpec(CompressionBlock):
     """The largest elements with their places, with momentum correction (Lin et al. 2018)."""
 
     name: Literal["topk"]
-    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.01, description="share of the elements that is sent")
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.01, description="share of each block's elements that is sent, at least one"
+    )
 
 
 class PowerSGDSpec(CompressionBlock):

@@ -21,6 +21,10 @@ held at once, and then go into one entry: with a bound too small to go on, all w
 
 `staleness_scaling` divides a gradient's step by max(1, staleness) (Zhang et al. 2016): see `Clock._scale`.
 
+With `compression` a worker pushes payloads, each server decodes its own, and what was not pushed is a part of the
+worker's own half. Weights are pulled as they are. Under async and ssp the own halves in a checkpoint are each worker's
+newest, not of one version.
+
 Shapes: S elements of a shard, N of all.
 """
 

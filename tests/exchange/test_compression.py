@@ -9,10 +9,11 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 
+import hosted
 import numpy as np
 import pytest
 import torch
-from own.oracle import job_of, spec_of
+from own.oracle import job_of, spec_of, train
 from torch import Tensor
 
 from distml.exchange.compression.base import phase_ranges, tiles_of
@@ -86,6 +87,9 @@ class Rank:
         self.bytes_sent += 2 * (self.size - 1) * vector.nbytes // self.size
         total = sum(self.meet(vector.clone()))
         vector.copy_(total)
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        return self.meet(payload)
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         assert all(part.dtype == torch.uint8 for part in parts)
@@ -321,6 +325,26 @@ def test_what_is_never_sent_has_the_momentum_of_sgd(nesterov):
         never[compressor.codec.positions(span, payload)] = False
     assert int(never.sum()) > 1000
     assert (compressor.residual[: span[1]] + weights.detach())[never].abs().max() <= 1e-12
+
+
+# --------------------------------------------------------------------------------------------------------------- hosts
+@pytest.mark.parametrize("name", METHODS)
+def test_on_several_hosts_what_goes_between_them_is_compressed(name):
+    """Two hosts of two workers each are two workers with their hosts' sums; leaders keep what is not sent."""
+    keys = {"strategy": {"name": "all_reduce", "compression": METHODS[name]}, "batch_size": 12, "steps": 20,
+            "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "clip_norm": 0.5}}  # fmt: skip
+    tolerance = 1e-6 if name == "powersgd" else 1e-9  # a basis amplifies the order of sums
+    board, barrier = {}, threading.Barrier(2)
+    wires = {0: Rank(0, 2, board, barrier), 2: Rank(1, 2, board, barrier)}
+    found = hosted.trainers(spec_of(workers=4, **keys), hosts=[[0, 1], [2, 3]], wires=wires)
+    hosted.together([lambda t=t: hosted.advance(t) for t in found])
+    flat = train(spec_of(workers=2, **keys))
+    for trainer in found:
+        assert (trainer.strategy.flat.weights - flat.weights).abs().max() <= tolerance
+    for leader, alone in zip((found[0], found[2]), flat.strategies, strict=True):
+        kept, expected = leader.strategy.compressor.residuals, alone.compressor.residuals
+        assert all((kept[key] - expected[key]).abs().max() <= tolerance for key in expected)
+    assert not any(found[1].strategy.compressor.residual)
 
 
 # ------------------------------------------------------------------------------------------------------------- details
