@@ -59,7 +59,8 @@ class Own(Task):
 @pytest.fixture(scope="session")
 def _finished(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "tiny"
-    distml.run(SPEC, out=path)
+    # Slowly: a checkpoint that comes while two others are being written would take the waiting one's place.
+    distml.run(SPEC, out=path, inject=["slow:rank=0,step=10"])
     return path
 
 
