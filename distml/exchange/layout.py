@@ -94,9 +94,12 @@ class Layout:
         )
 
     def phase_range(self, phase: int) -> tuple[int, int]:
-        """Elements [start, stop) of one phase."""
+        """Elements [start, stop) of one phase; of one without parameters [x, x), where the next one begins."""
         own = [segment for segment in self.segments if segment.phase == phase]
-        return (own[0].start, own[-1].stop) if own else (0, 0)
+        if own:
+            return own[0].start, own[-1].stop
+        before = max((segment.stop for segment in self.segments if segment.phase < phase), default=0)
+        return before, before
 
     def shard(self, index: int, count: int) -> tuple[int, int]:
         """Elements [start, stop) of shard `index` of `count`: nearly equal runs of whole blocks, possibly empty."""

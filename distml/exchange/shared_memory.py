@@ -108,9 +108,9 @@ class Host:
         self.sequence = 0
         self.watched: dict[int, int] = {}  # rank -> a descriptor of its process
         self.watched_pids: dict[int, int] = {}
-        for peer, pid in zip(ranks, pids, strict=True):
-            if peer != rank and not self.watch(peer, pid):
-                raise PeerLost(f"rank {peer} (process {pid}) is gone")
+        self.missing = [
+            peer for peer, pid in zip(ranks, pids, strict=True) if peer != rank and not self.watch(peer, pid)
+        ]
 
     def watch(self, rank: int, pid: int) -> bool:
         """Notice the death of this peer from now on; False if it is dead already."""
@@ -166,7 +166,7 @@ class Host:
             self.check(awaited)
             if self.words.sleep(word, value, POLL_S):
                 continue
-            gone = self.dead()
+            gone = self.dead() + self.missing
             deadline = deadline or time.monotonic() + self.timeout_s
             if gone or time.monotonic() > deadline:
                 self.abort()

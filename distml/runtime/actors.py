@@ -257,7 +257,8 @@ class WorkerActor:
 
             self.neighbours = next(ranks for ranks in hosts if self.rank in ranks)
             self.regions = {keeps: strategy.regions(len(self.neighbours), keeps) for keeps in (False, True)}
-            description |= {"shared_bytes_free": free_bytes(), "regions": self.regions}
+            description |= {"shared_bytes_free": free_bytes(), "regions": self.regions,
+                            "too_large": strategy.too_large_to_share()}  # fmt: skip
         if self.rank == 0:
             description["frozen"] = {name: to_numpy(t).copy() for name, t in strategy.flat.frozen().items()}
         return description
@@ -277,17 +278,22 @@ class WorkerActor:
 
     def open_segment(self, keeps: bool) -> tuple[int, int]:
         """Create this host's segment; where its peers find it: process id and descriptor."""
-        from distml.exchange.segment import Segment
+        from distml.errors import UsageError
+        from distml.exchange.segment import NoSharedMemory, Segment
 
         if self.group is not None:
             self._leave_group()
-        self.segment = Segment.create(self.regions[keeps])
+        try:
+            self.segment = Segment.create(self.regions[keeps])
+        except NoSharedMemory as reason:
+            raise UsageError(f"no shared memory for the workers' exchange: {reason}; free or enlarge it") from reason
         return os.getpid(), self.segment.descriptor
 
     def connect(self, way: Way) -> None:
         """Join the group, or take the way to the servers."""
         if self.group is not None:
             self._leave_group()
+        self.generation = way.generation
         wire = self._join_wire(way) if way.host is not None else None
         channel: Any = None
         if way.segment is not None:
@@ -388,9 +394,9 @@ class WorkerActor:
         return "start" if self.trainer is None else str(self.trainer.activity)
 
     @ray.method(concurrency_group="control")
-    def interrupt(self) -> None:
-        """End the waits in shared memory, here and at the neighbours."""
-        if self.group is not None and self.hosts is not None:
+    def interrupt(self, generation: int) -> None:
+        """End the waits in shared memory, here and at the neighbours, if they are still of this connection."""
+        if self.group is not None and self.hosts is not None and generation == self.generation:
             self.group.host.abort()
 
     @ray.method(concurrency_group="control")
@@ -402,7 +408,7 @@ class WorkerActor:
             return None
         host = self.group.host
         whole = is_intact(host.segment.descriptor, self.trainer.strategy.channel.words, self.job.limits.heartbeat_s)
-        if not whole or host.words.get(0):
+        if not whole or host.words.get(0) or self.trainer.strategy.channel.is_finished():
             return None
         return os.getpid(), host.segment.descriptor
 

@@ -146,11 +146,17 @@ class RayRuntime:
             needed, free = facts["regions"][False].num_bytes, facts["shared_bytes_free"]
             if needed > free:
                 lack = f"{lacking(needed, free)} on {facts['host']}"
-                self.transport = fall_back(self.job, self.transport, lack)
-                self._start_servers()
-                self._build_workers(list(range(self.size)))
+                self._change_transport(lack)
                 return
+        if self.facts[0]["too_large"] is not None:
+            self._change_transport(self.facts[0]["too_large"])
+            return
         self.keeps = self._keeps_here()
+
+    def _change_transport(self, lack: str) -> None:
+        self.transport = fall_back(self.job, self.transport, lack)
+        self._start_servers()
+        self._build_workers(list(range(self.size)))
 
     def _keeps_here(self) -> bool:
         """Whether states for a recovery can stay in the segment: the driver sees it, and it is worth it.
@@ -162,7 +168,9 @@ class RayRuntime:
         if facts is None:
             return False
         more = facts["regions"][True].num_bytes - facts["regions"][False].num_bytes
-        return bool(more >= KEEP_FROM_BYTES and facts["regions"][True].num_bytes <= facts["shared_bytes_free"])
+        firsts = [self.facts[ranks[0]] for ranks in self.transport.hosts]
+        fits = all(one["regions"][True].num_bytes <= one["shared_bytes_free"] for one in firsts)
+        return bool(more >= KEEP_FROM_BYTES and fits)
 
     def _place(self) -> PlacementGroup:
         resources = self.job.resources
@@ -235,10 +243,27 @@ class RayRuntime:
             except ray.exceptions.RayActorError as error:
                 raise ProcessLostError(role, self._cause(error), awaited) from None
             except PeerLost as error:
-                raise ProcessLostError(role, " ".join(str(error).split())[-200:], awaited) from None
+                cause = " ".join(str(getattr(error, "cause", error)).split())[-200:]
+                raise ProcessLostError(self._who_died() or role, cause, awaited) from None
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
         return answers
+
+    def _who_died(self) -> str | None:
+        """The first process that no longer exists, where another one has missed it."""
+        actors = {f"rank {rank}": worker for rank, worker in self.workers.items()} | {
+            f"server {index}": server for index, server in self.servers.items()
+        }
+        pings = {role: actor.ping.remote() for role, actor in actors.items()}
+        ray.wait(list(pings.values()), num_returns=len(pings), timeout=self.job.limits.heartbeat_s)
+        for role, ping in pings.items():
+            try:
+                ray.get(ping, timeout=0)
+            except ray.exceptions.RayActorError:
+                return role
+            except ray.exceptions.RayError:
+                continue
+        return None
 
     @contextlib.contextmanager
     def _starting(self) -> Iterator[None]:
@@ -307,12 +332,20 @@ class RayRuntime:
         hosts = self.transport.hosts
         calls = {f"rank {ranks[0]}": self.workers[ranks[0]].open_segment.remote(self.keeps) for ranks in hosts}
         found = list(zip(hosts, self._ask(calls, "its shared memory"), strict=True))
+        self._map_segment(found)
+        return found
+
+    def _map_segment(self, found: list[tuple[tuple[int, ...], tuple[int, int]]]) -> None:
+        """Let the driver have the kept states of its own host too."""
+        if self.segment is not None:
+            self.segment.close()
+            self.segment = None
         here = ray.get_runtime_context().get_node_id()
         for ranks, (pid, descriptor) in found:
             facts = self.facts[ranks[0]]
             if self.keeps and facts["node"] == here:
-                self.segment = Segment.open(pid, descriptor, facts["regions"][True])
-        return found
+                with contextlib.suppress(PeerLost):  # it has just died; the run goes on without
+                    self.segment = Segment.open(pid, descriptor, facts["regions"][True])
 
     def _start(self, rank: int) -> None:
         self.streams[rank] = self.workers[rank].advance.options(num_returns="streaming").remote()
@@ -448,9 +481,11 @@ class RayRuntime:
         roles, self.lost = list(self.lost), {}
         self.injections = without_spent(self.injections, roles)
         only_workers = all(role.startswith("rank") for role in roles)
+        went_back = False
         try:
             if only_workers and not self._needs_everyone and self._all_rejoin(roles, cut):
                 return False
+            went_back = True
             self._go_back(cut)
         except ProcessLostError as again:
             for role in roles:
@@ -458,7 +493,7 @@ class RayRuntime:
                     self.lost[role] = "it could not be replaced yet"
             self._mark_lost(again.role, again.cause)
             self.lost.setdefault(again.role, again.cause)
-        return True
+        return went_back
 
     def _all_rejoin(self, roles: list[str], cut: Cut | None) -> bool:
         rejoined = [self._rejoin(int(role.split()[1]), cut) for role in roles]
@@ -521,8 +556,10 @@ class RayRuntime:
 
     def _stop_streams(self) -> None:
         """Survivors end their loops: a broken group or interrupted servers end their waits. Others are ended."""
-        for process in [*self.servers.values(), *self.workers.values()]:
-            process.interrupt.remote()
+        for server in self.servers.values():
+            server.interrupt.remote()
+        for worker in self.workers.values():
+            worker.interrupt.remote(self.generation)
         deadline = time.monotonic() + self.job.limits.lost_after_s
         while self.streams and time.monotonic() < deadline:
             ready, _ = ray.wait(list(self.streams.values()), num_returns=1, timeout=POLL_S)

@@ -142,6 +142,10 @@ class Strategy(ABC):
         """What a segment has to hold for `size` workers of a host; `keeps`: also states to go back to."""
         raise NotImplementedError(f"{self.job.strategy.label} does not work in shared memory")
 
+    def too_large_to_share(self) -> str | None:
+        """What of this model has no place in a segment, or None."""
+        return None
+
     # ------------------------------------------------------------------------------------------------------- one step
     def loss(self, phase: int, batch: Batch, last: bool) -> Loss:
         """The task's loss of a micro-batch, under the run's precision.

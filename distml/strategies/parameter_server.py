@@ -420,6 +420,13 @@ class ParameterServer(Strategy):
     def kept_state(self) -> dict[str, Any] | None:
         return self.channel.kept(self.progress.version, self.carried.arrays())
 
+    def too_large_to_share(self) -> str | None:
+        from distml.strategies.shared_servers import BOOK_BYTES, ELEMENT_BYTES
+
+        elements = sum(tensor.numel() for tensor in self.carried.tensors.values())
+        fits = elements * ELEMENT_BYTES * (self.world_size + 2) <= BOOK_BYTES // 2
+        return None if fits else f"{elements:,} elements of buffers are too many for asynchronous workers to share"
+
     def regions(self, size: int, keeps: bool) -> Regions:
         from distml.strategies.shared_servers import async_regions
 

@@ -42,7 +42,8 @@ from distml.strategies.optimizer import FlatOptimizer
 from distml.strategies.parameter_server import Clock
 from distml.strategies.shard import Entry, Shard
 
-BOOK_BYTES = 2**20  # of JSON: the clock, and answers that wait to be taken
+BOOK_BYTES = 2**22  # of JSON: the clock, and answers that wait to be taken
+ELEMENT_BYTES = 24  # that an element of a buffer may take there
 RELEASED, EVENTS, WRITING, PLACE = range(4)  # words of "server_words"
 
 
@@ -120,6 +121,7 @@ class SharedServers:
         self.clock = Clock(job.model_copy(update={"strategy": job.strategy.model_copy(update={"servers": 1})}),
                            agenda, num_phases)  # fmt: skip
         self.book = Book()
+        self.taken: dict[int, tuple[dict[str, Array], dict[str, Any]]] = {}  # states that this worker has yet to give
         self.keeps = "kept-0-weights" in segment.regions.places
         self._lay_out(agenda.budget_steps)
         if state == "new":
@@ -149,7 +151,8 @@ class SharedServers:
         self.buffers[0].copy_(weights)
         if shared is not None:
             for name in self.moment_names:
-                self.host.segment.tensor(f"moment-{name}").copy_(from_numpy(shared["moments"][name]))
+                moment, saved = self.host.segment.tensor(f"moment-{name}"), shared["moments"].get(name)
+                moment.copy_(from_numpy(saved)) if saved is not None else moment.zero_()
             self.clock.load_state(shared["clock"])
             self.book.updates = shared["clock"]["updates"]
         self.clock.begin(list(self.host.ranks))
@@ -162,6 +165,10 @@ class SharedServers:
 
     def captured(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
         """The shared half at the version that this worker reads, or None if its moments are no longer there."""
+        if version in self.taken:
+            moments, clock = self.taken.pop(version)
+            return {"weights": to_numpy(self.flat.weights).copy(), "moments": moments, "carried": carried,
+                    "clock": clock}  # fmt: skip
         found = self._row(version)
         if found is None:
             return None
@@ -190,11 +197,16 @@ class SharedServers:
         return None
 
     def _capture(self, entry: Entry) -> None:
-        """Keep the state after an entry in place of the oldest that nobody has yet to take; if there is none, not."""
+        """Keep the state after an entry: for oneself, or in place of the oldest that nobody has yet to take."""
         segment, owner = self.host.segment, -1
         if entry.lasting:
             owner = next(rank for (rank, _), reply in entry.replies.items() if reply.duties)
-        ages = {slot: row[0] if row else -1 for slot, row in enumerate(self.book.captures) if not row or row[3] < 0}
+        if owner == self.rank:  # nobody else has to wait for it, or can overwrite it
+            moments = {name: segment.array(f"moment-{name}").copy() for name in self.moment_names}
+            self.taken = {entry.version + 1: (moments, {**(entry.clock or {}), "updates": self.book.updates})}
+            return
+        ages = {slot: row[0] if row else -1 for slot, row in enumerate(self.book.captures)
+                if not row or row[3] < 0 or owner >= 0}  # fmt: skip
         if not ages:
             return
         slot = min(ages, key=lambda one: ages[one])
@@ -336,6 +348,16 @@ class SharedServers:
             verdict, entries = self.clock.judge(self.rank, version, metrics)
             self._commit(entries)
         return verdict
+
+    def is_finished(self) -> bool:
+        """Whether the run is over by what was published last; asked from another thread, which takes no part."""
+        place = self.words.get(PLACE)
+        length = int(self.books[place % 2, :8].view(np.int64)[0])
+        try:
+            found = json.loads(self.books[place % 2, 8 : 8 + length].tobytes())
+        except ValueError:  # written anew meanwhile: then the run goes on
+            return False
+        return found["clock"]["finished"] is not None
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Every worker's payload, in rank order."""

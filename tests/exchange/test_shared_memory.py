@@ -79,6 +79,16 @@ def test_phases_buffers_targets_and_uneven_counts(task):
     assert all(torch.equal(tensor, buffers[name]) for name, tensor in found[1].strategy.carried.tensors.items())
 
 
+@pytest.mark.parametrize("strategy", ["all_reduce", {"name": "parameter_server", "mode": "ssp", "max_staleness": 0}])
+def test_a_phase_without_parameters_leaves_the_others_alone(strategy):
+    """What travels with a phase (its count ...) has a place of its own, also when all its parameters are frozen."""
+    spec = spec_of("gan_1d:GAN", workers=2, strategy=strategy, steps=12, init={"freeze": ["g.*"]})
+    found, _ = hosted(spec)
+    newest = max(found, key=lambda t: t.strategy.progress.version).strategy
+    named = newest.flat.layout.names(to_numpy(newest.flat.weights))
+    assert distance(named, train(spec).named) <= 1e-12
+
+
 def test_micro_batches_accumulate():
     spec = spec_of(SMALL, workers=2, strategy="all_reduce", batch_size=14, micro_batch_size=3)
     assert torch.equal(hosted(spec)[0][0].strategy.flat.weights, train(spec).weights)
@@ -161,6 +171,29 @@ def test_an_asynchronous_kept_state_is_whole():
         weight -= momentum
     assert np.allclose(kept["weights"], weight, rtol=1e-6)
     assert np.unique(kept["weights"]).size == np.unique(kept["momentum"]).size == 1
+
+
+def test_a_run_that_writes_every_version_loses_none():
+    spec = spec_of("ones:Ones", workers=6, strategy={"name": "parameter_server", "mode": "async"}, steps=40,
+                   optimizer={"name": "sgd", "lr": 1.0, "momentum": 0.5}, checkpoint={"every": 1})  # fmt: skip
+    _, events = hosted(spec)
+    rows = {e.version: e.shared for part in events for e in part if isinstance(e, Snapshot)}
+    assert rows.keys() == set(range(1, 41))
+    assert all(shared is not None for shared in rows.values())
+
+
+def test_a_state_without_moments_starts_them_at_zero():
+    """As a checkpoint of a strategy that kept its momentum elsewhere has it."""
+    spec = spec_of("ones:Ones", workers=1, strategy={"name": "parameter_server", "mode": "async"}, steps=3,
+                   optimizer={"name": "sgd", "lr": 1.0, "momentum": 0.5})  # fmt: skip
+    found = trainers(spec)
+    channel = found[0].strategy.channel
+    channel.host.segment.tensor("moment-momentum").fill_(7.0)
+    clock = {"version": 0, "examples": 0, "updates": 0, "agenda": {"evaluations": []}}
+    weights = to_numpy(found[0].strategy.flat.weights).copy()
+    channel.load({"weights": weights, "moments": {}, "clock": clock, "carried": {}})
+    together([lambda: advance(found[0])])
+    assert torch.allclose(found[0].strategy.flat.weights, torch.tensor(-(1.0 + 1.5 + 1.75)))
 
 
 def test_what_becomes_a_checkpoint_waits_for_a_slow_worker():
