@@ -229,7 +229,7 @@ class Driver:
     # ----------------------------------------------------------------------------------------------- cuts, checkpoints
     def _keep(self, event: Snapshot) -> None:
         """A rank's half of a snapshot; the rank that speaks for the version also brings the shared half."""
-        if self.judged:  # of a version after the one that ended the run
+        if self.judged and event.version > self.end_version:  # after the one that ended the run
             return
         self.own.setdefault(event.version, {})[event.rank] = event.own
         if event.carried is not None:
