@@ -30,7 +30,7 @@ def test_entries_stand_by_phase_then_group_then_as_named():
     assert layout.numel == 2181
     assert [(s.start, s.stop, s.phase, s.group) for s in layout.segments] == [
         (0, 500, 0, 0), (500, 501, 0, 1), (501, 2151, 1, 0), (2151, 2181, 1, 1)]  # fmt: skip
-    assert (layout.phase_range(0), layout.phase_range(1), layout.phase_range(2)) == ((0, 501), (501, 2181), (2181, 2181))
+    assert [layout.phase_range(phase) for phase in range(3)] == [(0, 501), (501, 2181), (2181, 2181)]
 
 
 def test_blocks_are_counted_from_their_segments_start():

@@ -96,7 +96,7 @@ def undisturbed(tmp_path_factory) -> dict[str, np.ndarray]:
         ("kill:rank=1,step=34,at=gradients", "all_reduce"),
         ("kill:rank=0,step=34,at=sums", "all_reduce"),
         ("kill:rank=1,step=34,at=weights", {"name": "parameter_server"}),
-        ("stop:rank=0,step=34,at=sums", {"name": "parameter_server"}),
+        pytest.param("stop:rank=0,step=34,at=sums", {"name": "parameter_server"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_death_at_any_stage_of_a_synchronous_exchange_is_undone(injection, strategy, undisturbed, tmp_path):
@@ -126,7 +126,13 @@ def test_a_kept_state_that_is_gone_is_replaced_by_the_newest_checkpoint(undistur
 
 
 @pytest.mark.parametrize(
-    ("stage", "goes_back"), [("lock", True), ("update", True), ("publish", True), ("answer", False)]
+    ("stage", "goes_back"),
+    [
+        pytest.param("lock", True, marks=pytest.mark.slow),
+        ("update", True),
+        pytest.param("publish", True, marks=pytest.mark.slow),
+        ("answer", False),
+    ],
 )
 def test_a_death_at_any_stage_of_an_asynchronous_exchange_leaves_no_torn_vector(stage, goes_back, tmp_path):
     """Momentum makes a state of its own: half an update twice, or one lost, would change it."""
@@ -154,7 +160,10 @@ def test_bounded_staleness_goes_on_when_a_worker_dies_for_whom_others_wait(tmp_p
     assert (result.status, result.metrics["runtime/restarts"]) == ("done", 1)
 
 
-@pytest.mark.parametrize("strategy", ["all_reduce", {"name": "parameter_server", "mode": "async"}])
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param("all_reduce", marks=pytest.mark.slow), {"name": "parameter_server", "mode": "async"}],
+)
 def test_two_of_three_workers_die_at_once(strategy, tmp_path):
     inject = ["kill:rank=1,step=20", "kill:rank=2,step=20"]
     limits = {**SPEC["limits"], "max_restarts": 3}
