@@ -135,14 +135,17 @@ def test_a_kept_state_that_is_gone_is_replaced_by_the_newest_checkpoint(undistur
     ],
 )
 def test_a_death_at_any_stage_of_an_asynchronous_exchange_leaves_no_torn_vector(stage, goes_back, tmp_path):
-    """Momentum makes a state of its own: half an update twice, or one lost, would change it."""
+    """Momentum makes a state of its own: half an update twice, or one lost, would change it.
+
+    The other worker is slow, so that the run is not over before the death is noticed.
+    """
     (tmp_path / "ones.py").write_text(ONES.read_text())
     spec = {**SPEC, "task": "ones:Ones", "strategy": {"name": "parameter_server", "mode": "async"},
             "optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.5}, "stop": {"steps": 80}}  # fmt: skip
     (tmp_path / "spec.yaml").write_text(json.dumps(spec))
     notes = Notes()
     result = distml.run(tmp_path / "spec.yaml", out=tmp_path / "run", runtime="ray", display=notes,
-                        inject=[f"kill:rank=1,step=34,at={stage}"])  # fmt: skip
+                        inject=[f"kill:rank=1,step=34,at={stage}", "slow:rank=0,step=0"])  # fmt: skip
     assert result.metrics["runtime/restarts"] == 1
     assert [line for line in notes.lines if ("all go on from step" in line) == goes_back], notes.lines
     found = weights(tmp_path / "run", result.step)
