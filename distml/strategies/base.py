@@ -138,9 +138,9 @@ class Strategy(ABC):
     def connect(self, group: Group | None, channel: Channel | None) -> None:
         """Take the way to the other processes; called again after a recovery."""
 
+    @abstractmethod
     def regions(self, size: int, keeps: bool) -> Regions:
         """What a segment has to hold for `size` workers of a host; `keeps`: also states to go back to."""
-        raise NotImplementedError(f"{self.job.strategy.label} does not work in shared memory")
 
     def too_large_to_share(self) -> str | None:
         """What of this model has no place in a segment, or None."""

@@ -140,6 +140,15 @@ def factor(job: JobSpec, version: int) -> float:
     return schedule.final + (1 - schedule.final) * fall
 
 
+def clip_and_step(job: JobSpec, model: nn.Module, optimizer: Any, base: list[float], version: int) -> None:
+    """Apply the gradients that are there, at the schedule's share of the rates `base`."""
+    if job.optimizer.clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), job.optimizer.clip_norm)
+    for group, lr in zip(optimizer.param_groups, base, strict=True):
+        group["lr"] = lr * factor(job, version)
+    optimizer.step()
+
+
 def oracle(spec: dict[str, Any], steps: int) -> dict[str, np.ndarray]:
     """The weights after `steps` updates on the whole batch in the data order, under their names."""
     job = job_of(spec)
@@ -157,11 +166,7 @@ def oracle(spec: dict[str, Any], steps: int) -> dict[str, np.ndarray]:
         loss = task.loss(model, batch, None)
         optimizer.zero_grad()
         (loss.total / loss.count).backward()
-        if job.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), job.optimizer.clip_norm)
-        for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * factor(job, version)
-        optimizer.step()
+        clip_and_step(job, model, optimizer, base, version)
     return {name: to_numpy(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

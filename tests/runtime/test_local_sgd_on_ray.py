@@ -7,35 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from own import on_ray
+from own.on_ray import TIMES, Notes
 
 import distml
 from distml.runs.checkpoints import CheckpointStore
-from distml.runs.display import SilentDisplay
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
-SPEC = {
-    "distml": "v1",
-    "name": "local",
-    "task": {"name": "classification", "model": {"name": "mlp", "hidden": [16], "dropout": 0.1}},
-    "strategy": {"name": "local_sgd", "inner_steps": 4, "outer": {"name": "nesterov", "lr": 0.7, "momentum": 0.8}},
-    "optimizer": {"name": "adamw", "lr": 0.003},
-    "stop": {"steps": 58},
-    "evaluate": {"every": 30},
-    "checkpoint": {"every": 30},
-    "log": {"every": 10, "to": []},
-    "resources": {"workers": 2},
-    "limits": {"heartbeat_s": 0.5, "lost_after_s": 5.0, "start_s": 60.0},
-}
-TIMES = ("wall_s", "throughput/", "timing/", "memory/", "comm/")
-
-
-class Notes(SilentDisplay):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
+ROUNDS = {"name": "local_sgd", "inner_steps": 4, "outer": {"name": "nesterov", "lr": 0.7, "momentum": 0.8}}
+SPEC = {**on_ray.SPEC, "strategy": ROUNDS, "stop": {"steps": 58}}
 
 
 def trained(out: Path) -> tuple[dict[str, np.ndarray], list[dict]]:

@@ -13,30 +13,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from own.on_ray import SPEC, TIMES, Notes, assert_same, weights
 
 import distml
 from distml.errors import RunError, UsageError
 from distml.runs.checkpoints import CheckpointStore
-from distml.runs.display import SilentDisplay
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
 SERVED = {"name": "parameter_server", "servers": 2}
-SPEC = {
-    "distml": "v1",
-    "name": "ray",
-    "task": {"name": "classification", "model": {"name": "mlp", "hidden": [16], "dropout": 0.1}},
-    "strategy": "all_reduce",
-    "optimizer": {"name": "adamw", "lr": 0.003},
-    "stop": {"steps": 60},
-    "evaluate": {"every": 30},
-    "checkpoint": {"every": 30},
-    "log": {"every": 10, "to": []},
-    "resources": {"workers": 2},
-    "limits": {"heartbeat_s": 0.5, "lost_after_s": 5.0, "start_s": 60.0},
-}
-TIMES = ("wall_s", "throughput/", "timing/", "memory/", "comm/")
-
 OWN_TASK_THAT_RAISES = """
 import distml
 
@@ -51,35 +36,15 @@ class Mine(distml.Task):
 """
 
 
-class Notes(SilentDisplay):
-    """Keeps what the driver notes."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def run(out: Path, runtime: str = "ray", inject=(), display=None, **keys) -> distml.Result:
     if "servers" in keys.get("strategy", ""):  # with processes of their own, which shared memory has not
         keys["transport"] = "object_store"
     return distml.run({**SPEC, **keys}, out=out, runtime=runtime, inject=inject, display=display)
 
 
-def weights(out: Path, step: int = 60) -> dict[str, np.ndarray]:
-    tensors = CheckpointStore(out / "checkpoints", 1).load(step).tensors
-    return {**tensors["model"], **tensors["optimizer"]}
-
-
 def rows(out: Path) -> list[dict]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
-
-
-def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    assert one.keys() == other.keys()
-    assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(scope="module")

@@ -12,30 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from own import on_ray
+from own.on_ray import Notes, assert_same, weights
 
 import distml
 from distml.errors import UsageError
-from distml.runs.checkpoints import CheckpointStore
-from distml.runs.display import SilentDisplay
 from distml.runtime import ray as ray_runtime
 from distml.runtime.transport import choose, fall_back
 from distml.spec.loader import load_spec
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
-SPEC = {
-    "distml": "v1",
-    "name": "shared",
-    "task": {"name": "classification", "model": {"name": "mlp", "hidden": [16]}},
-    "strategy": "all_reduce",
-    "optimizer": {"name": "adamw", "lr": 0.003},
-    "stop": {"steps": 60},
-    "evaluate": {"every": 1000},
-    "checkpoint": {"every": 1000},
-    "log": {"every": 10, "to": []},
-    "resources": {"workers": 2},
-    "limits": {"heartbeat_s": 0.5, "lost_after_s": 5.0, "start_s": 60.0},
-}
+SPEC = {**on_ray.SPEC, "evaluate": {"every": 1000}, "checkpoint": {"every": 1000}}
 LARGE = {"name": "classification", "model": {"name": "mlp", "hidden": [256, 256]}}  # its states stay in the segment
 ONES = Path(__file__).parents[1] / "own" / "ones.py"
 
@@ -59,28 +47,8 @@ class Masked(distml.Task):
 """
 
 
-class Notes(SilentDisplay):
-    """Keeps what the driver notes."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def run(out: Path, runtime: str = "ray", inject=(), display=None, **keys) -> distml.Result:
     return distml.run({**SPEC, **keys}, out=out, runtime=runtime, inject=inject, display=display)
-
-
-def weights(out: Path, step: int = 60) -> dict[str, np.ndarray]:
-    tensors = CheckpointStore(out / "checkpoints", 1).load(step).tensors
-    return {**tensors["model"], **tensors["optimizer"]}
-
-
-def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    assert one.keys() == other.keys()
-    assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(scope="module")

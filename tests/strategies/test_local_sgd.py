@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from own.oracle import OWN, distance, factor, job_of, make_optimizer, oracle, same, saved, spec_of, train
+from own.oracle import OWN, clip_and_step, distance, job_of, make_optimizer, oracle, same, saved, spec_of, train
 from torch import nn
 
 import distml
@@ -44,11 +44,7 @@ def inner_step(task, model: nn.Module, optimizer: torch.optim.Optimizer, base: l
             parameter.grad = None
         loss = getattr(task, method)(model, batch, None)
         (loss.total / loss.count).backward()
-        if job.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), job.optimizer.clip_norm)
-        for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * factor(job, version)
-        optimizer.step()
+        clip_and_step(job, model, optimizer, base, version)
         counts.append(float(loss.count))
     return counts
 
