@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from distml.spec.schema import OWN_TASK, BestSpec, Block, JobSpec, OwnTaskSpec
+from distml.spec.base import OWN, Block, OwnBlock
+from distml.spec.schema import BestSpec, JobSpec
 from distml.spec.yaml import KeyPath
 
 _CONTAINERS: tuple[Any, ...] = (Union, types.UnionType, list)
@@ -42,8 +43,8 @@ def _blocks_in(annotation: Any) -> Iterator[type[Block]]:
 
 def names_of(block: type[Block]) -> list[str]:
     """The values that the block's `name` may have; `module:Class` stands for a user's own."""
-    if block is OwnTaskSpec:
-        return [OWN_TASK]
+    if issubclass(block, OwnBlock):
+        return [OWN]
     info = block.model_fields.get("name")
     annotation: Any = None if info is None else info.annotation
     return [str(name) for name in get_args(annotation)] if get_origin(annotation) is Literal else []
@@ -54,8 +55,8 @@ def choose(blocks: list[type[Block]], value: Any) -> type[Block] | None:
     if len(blocks) == 1:
         return blocks[0]
     name = value.get("name") if isinstance(value, dict) else None
-    if isinstance(name, str) and ":" in name and OwnTaskSpec in blocks:
-        return OwnTaskSpec
+    if isinstance(name, str) and ":" in name:
+        return next((block for block in blocks if issubclass(block, OwnBlock)), None)
     return next((block for block in blocks if name in names_of(block)), None)
 
 
@@ -74,10 +75,17 @@ def expand(data: dict[str, Any], block: type[Block] = JobSpec) -> dict[str, Any]
 def _expand_value(value: Any, blocks: list[type[Block]]) -> Any:
     if isinstance(value, str) and BestSpec in blocks:
         return {"metric": value, "mode": best_mode(value)}
-    if isinstance(value, str) and any(names_of(block) for block in blocks):
-        return {"name": value}
+    if isinstance(value, str) and (key := short_key(blocks)) is not None:
+        return {key: value}
     chosen = choose(blocks, value)
     return expand(value, chosen) if chosen is not None and isinstance(value, dict) else value
+
+
+def short_key(blocks: list[type[Block]]) -> str | None:
+    """The key that a plain string in the place of these blocks stands for; None: it stands for none."""
+    if any(names_of(block) for block in blocks):
+        return "name"
+    return next((block.shorthand for block in blocks if block.shorthand is not None), None)
 
 
 def best_mode(metric: str) -> str:

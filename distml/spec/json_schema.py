@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from distml.spec.base import OWN, OWN_PATTERN, Block, OwnBlock
 from distml.spec.blocks import blocks_under, names_of
-from distml.spec.schema import OWN_TASK, BestSpec, Block, JobSpec, OwnTaskSpec
+from distml.spec.schema import BestSpec, JobSpec
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -40,9 +41,11 @@ def _shorthand(blocks: list[type[Block]]) -> list[dict[str, Any]]:
     """The strings that may stand for one of these blocks."""
     if BestSpec in blocks:
         return [{"type": "string", "pattern": "^eval/.+"}]
-    names = [name for block in blocks for name in names_of(block) if name != OWN_TASK]
+    names = [name for block in blocks for name in names_of(block) if name != OWN]
     shorthands: list[dict[str, Any]] = [{"type": "string", "enum": names}] if names else []
-    if OwnTaskSpec in blocks:
-        pattern = OwnTaskSpec.model_json_schema()["properties"]["name"]["pattern"]
-        shorthands.append({"type": "string", "pattern": pattern})
+    if any(issubclass(block, OwnBlock) for block in blocks):
+        shorthands.append({"type": "string", "pattern": OWN_PATTERN})
+    for block in blocks:
+        if block.shorthand is not None:
+            shorthands.append(block.model_json_schema()["properties"][block.shorthand])
     return shorthands

@@ -15,7 +15,8 @@ from distml.spec.blocks import expand
 from distml.spec.jobs import find_job
 from distml.spec.messages import Problem, describe, near, problems_of, shorten
 from distml.spec.overrides import apply_overrides
-from distml.spec.own_task import find_own_task
+from distml.spec.own_task import find_own, find_own_task, own_names
+from distml.spec.rl_rules import complete
 from distml.spec.rules import check_rules
 from distml.spec.schema import JobSpec, OwnTaskSpec
 from distml.spec.yaml import Document, Position, dump, parse, plain
@@ -74,7 +75,10 @@ def load_spec(
     needs = None
     if isinstance(job.task, OwnTaskSpec):
         needs = find_own_task(job.task.name, directory, document.where(("task", "name"))).needs
-    problems = list(check_rules(job, needs))
+    for path_to_name, name in own_names(job.task):
+        find_own(name, directory, document.where(path_to_name))
+    job, problems = complete(job, "batch_size" in document.data)
+    problems += check_rules(job, needs)
     if problems:
         raise _first(problems, document)
     return LoadedSpec(job, path, directory)

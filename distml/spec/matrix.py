@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from distml.spec.base import TaskBlock
 from distml.spec.blocks import blocks_under, names_of
-from distml.spec.schema import JobSpec, OwnTaskSpec, ParameterServerSpec, StrategyBlock, TaskBlock
+from distml.spec.schema import JobSpec, OwnTaskSpec, ParameterServerSpec, StrategyBlock
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from distml.spec.base import OWN, Block
 from distml.spec.blocks import keys_of, locate, names_of
-from distml.spec.schema import OWN_TASK, Block
 from distml.spec.yaml import KeyPath, dotted
 
 
@@ -82,7 +82,7 @@ def _problem(found: dict[str, Any]) -> Problem:
     elif kind == "string_pattern_mismatch":
         rule = _PATTERNS.get(str(path[-1]), f"must match {context['pattern']}")
         if path == ("task", "name"):
-            rule = f"must be a built-in's name or '{OWN_TASK}', for example 'own_task:TwoMoons'"
+            rule = f"must be a built-in's name or '{OWN}', for example 'own_task:TwoMoons'"
         text = f"{name} {rule}; got {describe(value)}"
     elif kind in ("too_short", "too_long"):
         bound = "at least" if kind == "too_short" else "at most"

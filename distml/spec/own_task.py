@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import get_args
 
 from distml.errors import UsageError
+from distml.spec.base import Block, Need
 from distml.spec.messages import near
-from distml.spec.schema import Need
-from distml.spec.yaml import Position
+from distml.spec.rl import ActingBlock, OnPolicyBlock, OwnPolicySpec
+from distml.spec.yaml import KeyPath, Position
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,28 @@ def find_own_task(name: str, directory: Path, start: Position) -> OwnTask:
     Raises:
         UsageError: no such file or class, a file that does not parse, or a need that does not exist.
     """
+    path, body = find_own(name, directory, start)
+    return OwnTask(path, None if body is None else _needs(body, path))
+
+
+def own_names(task: Block) -> list[tuple[KeyPath, str]]:
+    """The import paths of a user's own policy and environment in a built-in task's block, with their places."""
+    if not isinstance(task, ActingBlock):
+        return []
+    found: list[tuple[KeyPath, str]] = []
+    if task.environment.id.partition(":")[2].isidentifier():  # module:Id-v0 is Gymnasium's own way to import first
+        found.append((("task", "environment", "id"), task.environment.id))
+    if isinstance(task, OnPolicyBlock) and isinstance(task.policy, OwnPolicySpec):
+        found.append((("task", "policy", "name"), task.policy.name))
+    return found
+
+
+def find_own(name: str, directory: Path, start: Position) -> tuple[Path, ast.ClassDef | None]:
+    """The file of a `module:Class`, and the class's body where it is defined there and not imported into it.
+
+    Raises:
+        UsageError: no such file or class, or a file that does not parse.
+    """
     module, _, class_name = name.partition(":")
     path = find_module(module, directory)
     if path is None:
@@ -48,9 +71,9 @@ def find_own_task(name: str, directory: Path, start: Position) -> OwnTask:
     body = _parse(path)
     classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
     if class_name in classes:
-        return OwnTask(path, _needs(classes[class_name], path))
+        return path, classes[class_name]
     if class_name in set(_other_names(body)):
-        return OwnTask(path, None)
+        return path, None
     close = near(class_name, classes)
     hint = f"did you mean {module}:{close}?" if close else f"its classes: {', '.join(classes) or 'none'}"
     raise start.error(f"{path} defines no class {class_name}; {hint}")

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from distml.spec.matrix import refusal
 from distml.spec.messages import Problem
+from distml.spec.rl import ActingBlock
+from distml.spec.rl_rules import check_acting
 from distml.spec.schema import (
     JobSpec,
     OwnTaskSpec,
@@ -41,6 +43,8 @@ def check_rules(job: JobSpec, own_needs: frozenset[str] | None = None) -> Iterat
     yield from _schedule(job, job.optimizer.schedule)
     yield from _stop(job)
     yield from _inline(job)
+    if isinstance(job.task, ActingBlock):
+        yield from check_acting(job, job.task)
 
 
 def _strategy(job: JobSpec) -> Iterator[Problem]:
@@ -101,7 +105,7 @@ def listed(names: tuple[str, ...]) -> str:
 
 
 def _needs(job: JobSpec, own_needs: frozenset[str] | None) -> Iterator[Problem]:
-    needs = (own_needs or frozenset()) if isinstance(job.task, OwnTaskSpec) else job.task.needs
+    needs = (own_needs or frozenset()) if isinstance(job.task, OwnTaskSpec) else job.task.all_needs
     strategy: StrategyBlock = job.strategy
     reason = refusal(job.task.name, needs, strategy)
     if reason is not None:
@@ -154,7 +158,8 @@ def _optimizer(job: JobSpec) -> Iterator[Problem]:
 def _schedule(job: JobSpec, schedule: ScheduleSpec) -> Iterator[Problem]:
     here, stop = ("optimizer", "schedule"), job.stop
     ramp = schedule.name in ("linear", "cosine")
-    if ramp and schedule.steps is None and stop.steps is None and stop.examples is None and stop.epochs is None:
+    by_frames = stop.frames is not None and job.task.uses_per_frame is not None
+    if ramp and schedule.steps is None and not (stop.steps or stop.examples or stop.epochs or by_frames):
         yield Problem(
             f"schedule {schedule.name} must know where it ends; set optimizer.schedule.steps, "
             "or one of stop.steps, stop.examples, stop.epochs",
@@ -183,8 +188,19 @@ def _schedule(job: JobSpec, schedule: ScheduleSpec) -> Iterator[Problem]:
 
 def _stop(job: JobSpec) -> Iterator[Problem]:
     stop = job.stop
-    if stop.steps is None and stop.examples is None and stop.epochs is None and stop.seconds is None:
-        yield Problem("stop has no budget; set one of steps, examples, epochs, seconds", (("stop",),))
+    if not (stop.steps or stop.examples or stop.epochs or stop.frames or stop.seconds):
+        yield Problem("stop has no budget; set one of steps, examples, epochs, frames, seconds", (("stop",),))
+    if stop.frames is not None and not (isinstance(job.task, OwnTaskSpec) or job.task.counts_frames):
+        yield Problem(
+            f"stop.frames counts environment steps, and task {job.task.name} takes none; "
+            "set one of steps, examples, epochs, seconds",
+            (("stop", "frames"),),
+        )
+    if stop.epochs is not None and isinstance(job.task, ActingBlock):
+        yield Problem(
+            f"stop.epochs needs a dataset, and task {job.task.name} acts in environments; set stop.frames",
+            (("stop", "epochs"),),
+        )
     goal = stop.goal
     if goal is not None and (goal.at_least is None) == (goal.at_most is None):
         found = "neither at_least nor at_most" if goal.at_least is None else "both at_least and at_most"

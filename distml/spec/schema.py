@@ -6,23 +6,24 @@ The models are strict (no silent conversion), closed (an unknown key is an error
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
-Need = Literal["group_mean", "whole_weights", "one_version"]
-Offers = frozenset[str]
-
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-
-
-class Block(BaseModel):
-    """A mapping of the spec: strict, closed, frozen."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
+from distml.spec.base import (
+    ALL_OFFERS,
+    OWN,
+    Block,
+    Count,
+    Fraction,
+    NonNegative,
+    Offers,
+    OwnBlock,
+    Positive,
+    TaskBlock,
+    own_or_name,
+)
+from distml.spec.rl import ActorCriticSpec, PPOSpec, ReinforceSpec, TRPOSpec
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -41,13 +42,6 @@ class CNNSpec(Block):
     channels: list[Count] = Field([16, 32], min_length=1, max_length=3, description="channels of each convolution")
     hidden: Count = Field(64, description="width of the hidden layer")
     dropout: Fraction = Field(0.0, description="share of hidden units dropped in training")
-
-
-class TaskBlock(Block):
-    """What every built-in task has: `needs`, held against what the strategy offers."""
-
-    needs: ClassVar[Offers] = frozenset()
-    summary: ClassVar[str] = ""
 
 
 class ClassificationSpec(TaskBlock):
@@ -71,34 +65,25 @@ class RegressionSpec(TaskBlock):
     noise: NonNegative = Field(0.1, description="standard deviation of the targets' noise")
 
 
-class OwnTaskSpec(Block):
+class OwnTaskSpec(OwnBlock):
     """A user's own subclass of `distml.Task`, by import path; its file lies beside the spec or is installed."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
-    args: dict[str, Any] = Field({}, description="keyword arguments of the class")
-
-
-OWN_TASK = "module:Class"
-
-
-def _task_tag(value: Any) -> Any:
-    """Which task block a value is: a colon in the name means a user's own class."""
-    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-    return OWN_TASK if isinstance(name, str) and ":" in name else name
+    uses_per_frame: ClassVar[float | None] = 1.0
 
 
 TaskSpec = Annotated[
     Annotated[ClassificationSpec, Tag("classification")]
     | Annotated[RegressionSpec, Tag("regression")]
-    | Annotated[OwnTaskSpec, Tag(OWN_TASK)],
-    Discriminator(_task_tag),
+    | Annotated[ActorCriticSpec, Tag("actor_critic")]
+    | Annotated[ReinforceSpec, Tag("reinforce")]
+    | Annotated[PPOSpec, Tag("ppo")]
+    | Annotated[TRPOSpec, Tag("trpo")]
+    | Annotated[OwnTaskSpec, Tag(OWN)],
+    Discriminator(own_or_name),
 ]
 
 
 # ----------------------------------------------------------------------------------------------------------- strategies
-ALL_OFFERS: Offers = frozenset({"group_mean", "whole_weights", "one_version"})
-
-
 class StrategyBlock(Block):
     """How gradients travel."""
 
@@ -313,6 +298,7 @@ class StopSpec(Block):
     steps: Count | None = None
     examples: Count | None = None
     epochs: Positive | None = None
+    frames: Count | None = Field(None, description="environment steps of tasks that act, over all workers")
     seconds: Positive | None = Field(None, description="of training, counted over resumes")
     goal: GoalSpec | None = None
     patience: Count | None = Field(
@@ -369,7 +355,9 @@ class JobSpec(Block):
     task: TaskSpec
     strategy: StrategySpec = AllReduceSpec(name="all_reduce")
     optimizer: OptimizerSpec = AdamWSpec(name="adamw")
-    batch_size: Count = Field(64, description="examples per round over all workers")
+    batch_size: Count = Field(
+        64, description="examples per round over all workers; of tasks that act: frames, see n_steps"
+    )
     micro_batch_size: Count | None = Field(None, description="examples per worker and backward; null: all at once")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; the weights stay float32")
     init: InitSpec | None = None

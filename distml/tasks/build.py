@@ -9,8 +9,9 @@ import traceback
 from pathlib import Path
 
 from distml.errors import UsageError
+from distml.spec.base import ALL_OFFERS
 from distml.spec.matrix import refusal
-from distml.spec.schema import ALL_OFFERS, ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec, StrategyBlock
+from distml.spec.schema import ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec, StrategyBlock
 from distml.tasks.base import Task
 
 PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from distml.spec.base import Block
+from distml.spec.own_task import own_names
 from distml.spec.schema import OwnTaskSpec
 
 PROVIDED = frozenset({"distml", *sys.stdlib_module_names})  # never the user's, also in a checkout of distml
@@ -22,22 +24,22 @@ class SourceTree:
         self.directory, self.files = directory, dict(files or {})
 
     @classmethod
-    def collect(cls, task: object, directory: Path) -> SourceTree:
-        """The module of an own task with the modules beside it that it imports, found through their syntax trees."""
-        if not isinstance(task, OwnTaskSpec):
-            return cls()
+    def collect(cls, task: Block, directory: Path) -> SourceTree:
+        """The modules of a user's own classes with those beside them that they import, found through syntax trees."""
+        names = [task.name] if isinstance(task, OwnTaskSpec) else [name for _, name in own_names(task)]
+        roots = [name.split(":")[0] for name in names]
         files: dict[str, str] = {}
-        waiting = [task.name.split(":")[0]]
+        waiting = list(roots)
         while waiting:
             module = waiting.pop()
-            if files and module.split(".")[0] in PROVIDED:
+            if module not in roots and module.split(".")[0] in PROVIDED:
                 continue
             for file in module_files(directory, module):
                 relative = file.relative_to(directory).as_posix()
                 if relative not in files:
                     files[relative] = file.read_text(encoding="utf-8")
                     waiting += imported_modules(files[relative], module)
-        return cls(str(directory), files)
+        return cls(str(directory), files) if files else cls()
 
     def install(self) -> None:
         """Make the files importable: from where they lie if the same text is there, else from a private copy."""

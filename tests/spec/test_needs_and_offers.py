@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distml.spec.matrix import matrix, refusal, strategy_variants
-from distml.spec.schema import ALL_OFFERS
+from distml.spec.base import ALL_OFFERS
 
 LABELS = [
     "single", "all_reduce", "parameter_server/sync", "parameter_server/async", "parameter_server/ssp", "local_sgd",

@@ -1,0 +1,67 @@
+"""What all blocks of the spec are made of: the strict base, the kinds of numbers, the base of every task's block."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Need = Literal["group_mean", "whole_weights", "one_version"]
+Offers = frozenset[str]
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+ALL_OFFERS: Offers = frozenset({"group_mean", "whole_weights", "one_version"})
+OWN = "module:Class"
+OWN_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+
+
+class Block(BaseModel):
+    """A mapping of the spec: strict, closed, frozen.
+
+    `shorthand`: the key that a plain string in the block's place stands for, where it is not the block's own name.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
+    shorthand: ClassVar[str | None] = None
+
+
+class OwnBlock(Block):
+    """A user's own class by import path; its file lies beside the spec or is installed."""
+
+    name: Annotated[str, Field(pattern=OWN_PATTERN)]
+    args: dict[str, Any] = Field({}, description="keyword arguments of the class")
+
+
+class TaskBlock(Block):
+    """What every built-in task has.
+
+    Attributes:
+        needs: held against what the strategy offers.
+        summary: one line for `distml list tasks`.
+        counts_frames: whether it acts in environments, so that `stop.frames` ends it.
+    """
+
+    needs: ClassVar[Offers] = frozenset()
+    summary: ClassVar[str] = ""
+    counts_frames: ClassVar[bool] = False
+
+    @property
+    def uses_per_frame(self) -> float | None:
+        """How many examples of `batch_size` each environment step becomes; None: not known beforehand."""
+        return 1.0
+
+    @property
+    def all_needs(self) -> Offers:
+        """`needs`, with those that its settings add."""
+        return self.needs
+
+
+def own_or_name(value: Any) -> Any:
+    """A union's tag for a value: a colon in the name means a user's own class."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return OWN if isinstance(name, str) and ":" in name else name

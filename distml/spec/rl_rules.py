@@ -1,0 +1,145 @@
+"""What tasks that act add to the rules: batches that follow from environments and steps, and pairs that cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from distml.spec.messages import Problem
+from distml.spec.rl import (
+    ActingBlock,
+    OnPolicyBlock,
+    OwnPolicySpec,
+    PPOSpec,
+    RecurrentPolicySpec,
+    ReinforceSpec,
+    RolloutBlock,
+    TRPOSpec,
+)
+from distml.spec.schema import JobSpec, SGDSpec
+
+STEPS = (("task", "n_steps"), ("batch_size",), ("task", "envs_per_worker"))
+
+
+def complete(job: JobSpec, batch_given: bool) -> tuple[JobSpec, list[Problem]]:
+    """The job with `batch_size` and `n_steps` agreeing: of the two, what is not given follows from the other.
+
+    Args:
+        job: valid key by key.
+        batch_given: whether its `batch_size` was written, or is the schema's default.
+
+    Returns:
+        The job, and what is wrong with it.
+    """
+    task, workers = job.task, job.resources.workers
+    if isinstance(task, ReinforceSpec):
+        return _episodes(job, task, batch_given)
+    if not isinstance(task, RolloutBlock):
+        return job, []
+    envs, pieces = workers * task.envs_per_worker, task.num_minibatches
+    what = f"workers {workers} x envs_per_worker {task.envs_per_worker}"
+    if task.n_steps is None and batch_given:
+        if job.batch_size * pieces % envs:
+            return job, [Problem(
+                f"batch_size {job.batch_size}{_times(pieces)} is not a multiple of {what} = {envs}; "
+                "change it, or give task.n_steps and leave batch_size out", STEPS)]  # fmt: skip
+        task = task.model_copy(update={"n_steps": job.batch_size * pieces // envs})
+        return job.model_copy(update={"task": task}), []
+    if task.n_steps is None:
+        task = task.model_copy(update={"n_steps": task.default_n_steps})
+    assert task.n_steps is not None
+    rows = envs * task.n_steps
+    if rows % pieces:
+        return job, [Problem(
+            f"{what} x n_steps {task.n_steps} = {rows} frames cannot be cut into {pieces} minibatches of equal size; "
+            "change task.minibatches or task.n_steps", (("task", "minibatches"), *STEPS))]  # fmt: skip
+    if batch_given and job.batch_size != rows // pieces:
+        return job, [Problem(
+            f"batch_size {job.batch_size} is not {what} x n_steps {task.n_steps}{_over(pieces)} = {rows // pieces}; "
+            "leave batch_size out, or change one of them", STEPS)]  # fmt: skip
+    return job.model_copy(update={"task": task, "batch_size": rows // pieces}), []
+
+
+def _times(pieces: int) -> str:
+    return f" x minibatches {pieces}" if pieces > 1 else ""
+
+
+def _over(pieces: int) -> str:
+    return f" / minibatches {pieces}" if pieces > 1 else ""
+
+
+def _episodes(job: JobSpec, task: ReinforceSpec, batch_given: bool) -> tuple[JobSpec, list[Problem]]:
+    episodes = job.resources.workers * task.envs_per_worker
+    if batch_given and job.batch_size != episodes:
+        return job, [Problem(
+            f"batch_size {job.batch_size} is not workers {job.resources.workers} x envs_per_worker "
+            f"{task.envs_per_worker} = {episodes} episodes; leave batch_size out, or change one of them",
+            (("batch_size",), ("task", "envs_per_worker")))]  # fmt: skip
+    return job.model_copy(update={"batch_size": episodes}), []
+
+
+def check_acting(job: JobSpec, task: ActingBlock) -> Iterator[Problem]:
+    """Every rule that a job whose task acts breaks."""
+    if job.precision != "fp32":
+        yield Problem(
+            f"precision {job.precision} is not for tasks that act, whose small models it would slow down; set fp32",
+            (("precision",),),
+        )
+    if isinstance(task, OnPolicyBlock):
+        yield from _policy(task)
+    if isinstance(task, PPOSpec) and isinstance(task.policy, RecurrentPolicySpec | OwnPolicySpec):
+        yield from _whole_sequences(task)
+    if isinstance(task, TRPOSpec):
+        yield from _trpo(job, task)
+    if isinstance(task, ReinforceSpec):
+        yield from _reinforce(task)
+
+
+def _policy(task: OnPolicyBlock) -> Iterator[Problem]:
+    policy = task.policy
+    lists = [getattr(policy, key, None) for key in ("channels", "kernels", "strides")]
+    if all(lists) and len({len(entries) for entries in lists if entries}) > 1:
+        sizes = ", ".join(f"{key} {len(entries or [])}" for key, entries in
+                          zip(("channels", "kernels", "strides"), lists, strict=True))  # fmt: skip
+        yield Problem(f"a CNN needs one kernel and stride per layer, their numbers differ: {sizes}",
+                      (("task", "policy", "channels"), ("task", "policy")))  # fmt: skip
+
+
+def _whole_sequences(task: PPOSpec) -> Iterator[Problem]:
+    if isinstance(task.policy, RecurrentPolicySpec) and task.envs_per_worker % task.minibatches:
+        yield Problem(
+            f"a recurrent policy's minibatches are whole environments: envs_per_worker {task.envs_per_worker} is not a "
+            f"multiple of minibatches {task.minibatches}; change one of them",
+            (("task", "minibatches"), ("task", "envs_per_worker")),
+        )
+
+
+def _trpo(job: JobSpec, task: TRPOSpec) -> Iterator[Problem]:
+    optimizer = job.optimizer
+    plain = isinstance(optimizer, SGDSpec) and optimizer.lr == 1.0 and not optimizer.groups
+    rest = (optimizer.weight_decay, optimizer.clip_norm, getattr(optimizer, "momentum", 0), optimizer.schedule.warmup)
+    if not plain or any(rest) or optimizer.schedule.name != "constant":
+        yield Problem(
+            "task trpo finds its steps itself, any other rule would change them; "
+            "set optimizer: {name: sgd, lr: 1.0} and nothing else in it",
+            (("optimizer",), ("task", "name")),
+        )
+    if job.micro_batch_size is not None:
+        yield Problem(
+            f"task trpo searches along one step for its whole batch, micro_batch_size is {job.micro_batch_size}; "
+            "remove it",
+            (("micro_batch_size",),),
+        )
+    if not isinstance(task.policy, OwnPolicySpec) and task.policy.trunk != "separate":
+        yield Problem(
+            "task trpo bounds the change of the policy alone, so the critic must not share its layers; "
+            "set task.policy.trunk: separate",
+            (("task", "policy", "trunk"), ("task", "policy")),
+        )
+
+
+def _reinforce(task: ReinforceSpec) -> Iterator[Problem]:
+    if task.epochs > 1 and not task.importance_weighting:
+        yield Problem(
+            f"task.epochs {task.epochs} uses episodes of an older policy; set importance_weighting: true or epochs: 1",
+            (("task", "epochs"),),
+        )
