@@ -9,12 +9,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from distml.launch.run import Result, run
     from distml.spec.loader import load_spec
-    from distml.tasks.base import Loss, Mean, Part, Progress, Stream, Task
+    from distml.tasks.base import Accumulator, Loss, Mean, Part, Progress, Stream, Task
 
-__all__ = ["Loss", "Mean", "Part", "Progress", "Result", "Stream", "Task", "load_spec", "run"]
+__all__ = ["Accumulator", "Loss", "Mean", "Part", "Progress", "Result", "Stream", "Task", "load_spec", "run"]
 
 _HOMES = {
-    **dict.fromkeys(("Loss", "Mean", "Part", "Progress", "Stream", "Task"), "distml.tasks.base"),
+    **dict.fromkeys(("Accumulator", "Loss", "Mean", "Part", "Progress", "Stream", "Task"), "distml.tasks.base"),
     **dict.fromkeys(("Result", "run"), "distml.launch.run"),
     "load_spec": "distml.spec.loader",
 }

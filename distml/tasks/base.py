@@ -58,12 +58,14 @@ class Loss:
     Attributes:
         total: scalar tensor, the sum over `count` examples; its gradient is what workers add up.
         count: how many the sum is over. The update divides the workers' summed gradients by their summed counts.
-        metrics: further means, reported as `train/NAME`.
+        metrics: further means, reported as `train/NAME`; a name with a slash (`rl/episode_return_mean`) as it is.
+        frames: environment steps that this batch is the first to use; 0 where it comes from a dataset, or again.
     """
 
     total: Tensor
     count: float
     metrics: Mapping[str, Mean] = field(default_factory=dict)
+    frames: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,46 @@ class Stream(Protocol):
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave."""
         ...
+
+
+class Accumulator(nn.Module):
+    """A module that counts what it sees, such as running moments: workers' counts are summed, where buffers that
+    are not its own are averaged.
+
+    Its persistent buffers (floating, best float64) are of two kinds:
+
+        sums    named in `sums`: additive in what this worker alone has seen since they were last taken. They may be
+                relative to the base (squares about its mean).
+        base    all others: what everyone agrees on. Only `absorb` and the exchange change them, so that they are the
+                same on every worker, bit for bit.
+
+    A module adds to `sums` whenever it sees something. When they are taken, they are written into the buffers summed
+    over workers, and `absorb` is called: everything that was seen is in the base once and only once. What it computes
+    with in between (say, the moments of base and sums together, frozen for a rollout) is its own affair, in tensors
+    that are not persistent.
+
+    When they are taken:
+
+        synchronous strategies, a single worker   at every evaluation and checkpoint, on all workers
+        async, ssp                                with every gradient. The clock keeps the order in which the workers'
+                                                  sums arrived, each answer brings what is new in it, and every worker
+                                                  absorbs one after the other. So a base is always the fold of all sums
+                                                  up to some place in that order; the evaluating worker's is the newest.
+                                                  What a worker has seen since its last gradient dies with it, as that
+                                                  gradient would.
+    """
+
+    sums: ClassVar[tuple[str, ...]] = ()
+
+    def absorb(self) -> None:
+        """Fold `sums` into the base and zero them; zero sums change nothing. A function of the buffers alone."""
+        raise TypeError(f"{type(self).__name__} must define absorb(self)")
+
+    def rebase(self, before: Mapping[str, Tensor]) -> None:
+        """`sums` are relative to the base `before` (by buffer's name): express them relative to the base of now.
+
+        Nothing to do by default: for sums that do not refer to the base.
+        """
 
 
 Phase: TypeAlias = tuple[str, str]
@@ -165,14 +207,15 @@ def as_loss(value: Loss | Tensor, batch: Batch, method: str) -> Loss:
 
     Raises:
         TypeError: it is neither a `Loss` nor a scalar tensor, or what it holds is of a wrong type.
-        ValueError: its count is negative or not finite.
+        ValueError: its count, or its frames, are negative or not finite.
     """
     if isinstance(value, Loss):
         metrics = as_means(value.metrics, f"the metrics of {method}")
-        loss = Loss(value.total, as_number(value.count, f"the count of {method}"), metrics)
+        count, frames = as_number(value.count, f"the count of {method}"), as_number(value.frames, f"frames of {method}")
+        loss = Loss(value.total, count, metrics, frames)
     elif isinstance(value, Tensor):
         count = length(batch)
-        loss = Loss(value * count if value.ndim == 0 else value, count)
+        loss = Loss(value * count if value.ndim == 0 else value, float(count))
     else:
         raise TypeError(f"{method} must return a scalar tensor or a distml.Loss, not {type(value).__name__}")
     if not isinstance(loss.total, Tensor) or loss.total.ndim != 0:
@@ -180,6 +223,10 @@ def as_loss(value: Loss | Tensor, batch: Batch, method: str) -> Loss:
         raise TypeError(f"{method} must return a scalar, not {shape}; return its mean, or distml.Loss(sum, count)")
     if not (math.isfinite(loss.count) and loss.count >= 0):
         raise ValueError(f"the count of {method} is {loss.count:g}; it is how many examples the sum is over")
+    if not (math.isfinite(loss.frames) and loss.frames >= 0):
+        raise ValueError(
+            f"the frames of {method} are {loss.frames:g}; they are environment steps used for the first time"
+        )
     return loss
 
 

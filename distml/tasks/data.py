@@ -8,7 +8,7 @@ works, and the position is one integer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,8 +18,27 @@ Dataset: TypeAlias = Any
 T = TypeVar("T")
 
 
+@runtime_checkable
+class SelfSplitting(Protocol):
+    """A batch whose examples do not lie along the first dimension of its tensors: it is cut and moved by itself."""
+
+    def __len__(self) -> int:
+        """Examples in it."""
+        ...
+
+    def micro_batches(self, size: int) -> Iterator[Batch]:
+        """Pieces of at most `size` examples, or of the fewest that belong together, that cover it once."""
+        ...
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`."""
+        ...
+
+
 def length(batch: Batch) -> int:
     """Examples in a batch or dataset: the length of its first tensor, or of the object itself."""
+    if isinstance(batch, SelfSplitting):
+        return len(batch)
     if isinstance(batch, Mapping):
         return length(next(iter(batch.values()))) if batch else 0
     if isinstance(batch, (tuple, list)):
@@ -61,17 +80,25 @@ def take(dataset: Dataset, indices: Tensor) -> Batch:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """`batch` on `device`."""
+    if isinstance(batch, SelfSplitting):
+        return batch.to(device)
     if device.type == "cpu":
         return batch
     return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def micro_batches(batch: Batch, size: int | None) -> Iterator[Batch]:
-    """`batch` in pieces of at most `size` examples along the first dimension; None: whole."""
+    """`batch` in pieces of at most `size` examples, along the first dimension or as it splits itself; None: whole."""
     count = length(batch) if size is not None else 0
     if size is None or count <= size:
         yield batch
-        return
+    elif isinstance(batch, SelfSplitting):
+        yield from batch.micro_batches(size)
+    else:
+        yield from _rows(batch, count, size)
+
+
+def _rows(batch: Batch, count: int, size: int) -> Iterator[Batch]:
     for start in range(0, count, size):
         yield map_tensors(batch, lambda tensor, start=start: tensor[start : start + size])
 

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distml.tasks.data import DataOrder, DatasetStream, check_dataset, length, micro_batches, mix, take
+from distml.tasks.data import (
+    DataOrder,
+    DatasetStream,
+    check_dataset,
+    length,
+    micro_batches,
+    mix,
+    num_rows,
+    take,
+    to_device,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,3 +94,32 @@ def test_mixed_seeds_differ():
     seeds = {mix(*numbers) for numbers in ((0, 0), (0, 1), (1, 0), (0,), (1,), (0, 0, 0))}
     assert len(seeds) == 6
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+class Columns:
+    """A batch [T, E] whose pieces are cut along E; it notes where it was moved."""
+
+    def __init__(self, values, device="cpu"):
+        self.values, self.device = values, device
+
+    def __len__(self):
+        return self.values.numel()
+
+    def micro_batches(self, size):
+        width = max(1, size // len(self.values))
+        for start in range(0, self.values.shape[1], width):
+            yield Columns(self.values[:, start : start + width], self.device)
+
+    def to(self, device):
+        return Columns(self.values, str(device))
+
+
+def test_a_batch_may_split_and_move_itself():
+    batch = Columns(torch.arange(12).view(3, 4))
+    pieces = list(micro_batches(batch, 6))
+    assert [piece.values.tolist() for piece in pieces] == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [10, 11]]]
+    assert list(micro_batches(batch, None)) == list(micro_batches(batch, 12)) == [batch]
+    assert (length(batch), num_rows(batch, 0.0)) == (12, 12.0)
+    assert to_device(batch, torch.device("meta")).device == "meta"
+    plain = list(micro_batches(batch.values, 2))  # the same tensor on its own is cut along its rows
+    assert [piece.tolist() for piece in plain] == [[[0, 1, 2, 3], [4, 5, 6, 7]], [[8, 9, 10, 11]]]
