@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distml.spec.environments import unknown_environment
 from distml.spec.messages import Problem
 from distml.spec.rl import (
     ActingBlock,
@@ -84,6 +85,9 @@ def check_acting(job: JobSpec, task: ActingBlock) -> Iterator[Problem]:
             f"precision {job.precision} is not for tasks that act, whose small models it would slow down; set fp32",
             (("precision",),),
         )
+    unknown = unknown_environment(task.environment.id)
+    if unknown is not None:
+        yield Problem(unknown, (("task", "environment", "id"), ("task", "environment")), "value")
     if isinstance(task, OnPolicyBlock):
         yield from _policy(task)
     if isinstance(task, PPOSpec) and isinstance(task.policy, RecurrentPolicySpec | OwnPolicySpec):
