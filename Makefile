@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all check
+.PHONY: quickstart test test-all check extras
 
 # Install distml and train a first job: two workers on this machine, about half a minute once it is installed.
 quickstart: .venv/.installed
@@ -16,6 +16,10 @@ test: .venv/.installed-test
 # All tests that need no GPU: minutes.
 test-all: .venv/.installed-test
 	$(BIN)/python -m pytest -m "not gpu"
+
+# What only some jobs and measurements need: Atari, MuJoCo and Box2D games, and the peers of `distml bench rl`.
+extras: .venv/.installed
+	$(BIN)/pip install -c constraints.txt -e ".[atari,mujoco,box2d,bench]"
 
 # Format, lint and types.
 check: .venv/.installed-test
