@@ -27,6 +27,7 @@ class Report:
     means: dict[str, tuple[float, float]] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     staleness: dict[str, int] = field(default_factory=dict)
+    frames: int = 0
 
 
 @dataclass

@@ -197,7 +197,7 @@ class Trainer:
         self.strategy.meter = Meter()
         progress = strategy.progress
         return Report(self.rank, progress.version, progress.examples, progress.fraction, strategy.train_seconds,
-                      means, values, meter.staleness_counts)  # fmt: skip
+                      means, values, meter.staleness_counts, progress.frames)  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------ evaluation
     def evaluate(self, split: str) -> dict[str, float]:

@@ -57,7 +57,8 @@ class Head:
     """What goes to the clock with a gradient: who pushes, what it was computed from, and what is carried along.
 
     `phase` is `PULL` for a worker that joins: it pushes nothing, and is answered in the order of the updates.
-    `count` is what the gradient is a sum over, `rows` the examples that it came from (with the last phase only).
+    `count` is what the gradient is a sum over, `rows` the examples that it came from and `frames` the environment steps
+    that are new in them (both with the last phase only).
     """
 
     rank: int
@@ -69,6 +70,7 @@ class Head:
     carried: Array | None = None
     integers: dict[str, Array] = field(default_factory=dict)
     rows: float = 0.0
+    frames: float = 0.0
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Reply:
 
     Attributes:
         version: of the weights.
-        examples: consumed so far over all workers.
+        examples, frames: consumed so far over all workers.
         staleness: versions between reading and applying this gradient.
         applied: whether it was; else it came after the end, or brought no gradient.
         contributed: examples of this worker's applied gradients so far.
@@ -89,7 +91,7 @@ class Reply:
 
     version: int
     examples: int
-    updates: int = 0
+    frames: int
     staleness: int = 0
     grad_norm: float | None = None
     finished: str | None = None

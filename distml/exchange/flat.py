@@ -1,7 +1,8 @@
 """A model's trained parameters as views of one flat vector, and their gradients as views of another.
 
 The gradient vector has `TAIL` more elements behind each phase: what travels together with the sum of the gradients is
-the count it is over, votes, and the rows (examples) it came from. One reduction carries all of it.
+the count it is over, votes, the rows (examples) it came from, and the environment steps (frames) that are new in them.
+One reduction carries all of it.
 
 Shapes: N trained elements, P phases; weights [N], gradients [N + P · TAIL].
 """
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from distml.exchange.layout import Array, Layout
 
-TAIL = 3
-COUNT, VOTE, ROWS = 0, 1, 2
+TAIL = 4
+COUNT, VOTE, ROWS, FRAMES = 0, 1, 2, 3
 
 
 class FlatModel:

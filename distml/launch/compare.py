@@ -192,7 +192,7 @@ def run_one(source: str, one: Variation, overrides: Sequence[str], out: Path, he
     job = load_spec(source, laid_over).job
     terminal = sys.stdout.isatty()
     budgets = (("steps", job.stop.steps), ("examples", job.stop.examples), ("epochs", job.stop.epochs),
-               ("seconds", job.stop.seconds))  # fmt: skip
+               ("frames", job.stop.frames), ("seconds", job.stop.seconds))  # fmt: skip
     budget = ", ".join(f"{value:g} {unit}" for unit, value in budgets if value)
     display = make_display(True, one.label, budget) if terminal else NotesDisplay(head)
     with display:

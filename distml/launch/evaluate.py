@@ -27,7 +27,7 @@ from distml.runs.files import finite, strict_json
 from distml.runs.units import number
 from distml.spec.loader import load_spec
 from distml.spec.schema import JobSpec
-from distml.strategies.agenda import Agenda
+from distml.strategies.agenda import Agenda, Spent
 from distml.strategies.base import seed_everything
 from distml.tasks.base import Mean, Part, Progress, Task
 from distml.tasks.build import build_task, describe
@@ -82,9 +82,9 @@ def load_model(run: Path | str, report: Report | None = None) -> TrainedModel:
     sources.mark_imported()
     model = build_model(loaded.job, task)
     copy_weights(model, checkpoint.tensors["model"], f"checkpoint {folder_name(checkpoint.step)}")
-    examples = int(checkpoint.state["clock"]["examples"])
-    fraction = Agenda(loaded.job).fraction(checkpoint.step, examples)
-    return TrainedModel(directory.path, loaded.job, task, model, Progress(checkpoint.step, examples, 0, fraction))
+    spent = Spent.of(checkpoint.state["clock"])
+    progress = Progress(spent.version, spent.examples, spent.frames, Agenda(loaded.job).fraction(spent))
+    return TrainedModel(directory.path, loaded.job, task, model, progress)
 
 
 def best_checkpoint(directory: RunDirectory, report: Report) -> Checkpoint:

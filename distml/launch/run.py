@@ -160,7 +160,7 @@ def run_command(
     """The verb `run`; its exit code."""
     loaded = load_spec(spec, overrides)
     stop = loaded.job.stop
-    budget = ", ".join(f"{value:g} {name}" for name in ("steps", "examples", "epochs", "seconds")
+    budget = ", ".join(f"{value:g} {name}" for name in ("steps", "examples", "epochs", "frames", "seconds")
                        if (value := getattr(stop, name)))  # fmt: skip
     display = make_display(sys.stdout.isatty(), loaded.job.name, budget)
     if debug:

@@ -26,7 +26,7 @@ class ReportMerger:
         self.world_size, self.is_synchronous = world_size, is_synchronous
         self.waiting: dict[int, deque[Report]] = {}  # asynchronous: rank -> its reports
         self.versions: dict[int, list[Report]] = {}  # synchronous: version -> the ranks' reports of it
-        self.step = self.examples = 0
+        self.step = self.examples = self.frames = 0
         self.seconds, self.bytes = 0.0, 0.0
         self.contributed: dict[int, float] = {}  # rank -> examples of its applied gradients so far
         self.buckets = 0  # of the histogram of staleness
@@ -38,6 +38,7 @@ class ReportMerger:
             (row for row in reversed(rows) if row["step"] <= step and "train/examples" in row), {}
         )
         self.step, self.examples = int(last.get("step", 0)), int(last.get("train/examples", 0))
+        self.frames = int(last.get("rl/frames", 0))
         self.seconds, self.bytes = float(last.get("wall_s", 0.0)), float(last.get("comm/bytes", 0.0))
 
     def add(self, report: Report) -> list[dict[str, Any]]:
@@ -65,6 +66,7 @@ class ReportMerger:
         reports = sorted(reports, key=lambda report: report.rank)
         newest = max(reports, key=lambda report: report.version)
         step, examples = max(self.step, newest.version), max(self.examples, newest.examples)
+        frames = max(self.frames, newest.frames)
         seconds = max(self.seconds, *(report.train_seconds for report in reports))
         sent = sum(report.values["bytes"] for report in reports)
         self.bytes += sent
@@ -74,20 +76,25 @@ class ReportMerger:
             for name, (total, count) in report.means.items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = before[0] + total, before[1] + count
-        row |= {f"train/{name}": total / count for name, (total, count) in sums.items() if count}
+        row |= {name if "/" in name else f"train/{name}": total / count
+                for name, (total, count) in sums.items() if count}  # fmt: skip
         row |= {"train/lr": newest.values["lr"], "train/examples": examples}
+        if frames:
+            row["rl/frames"] = frames
         norms = [report.values["grad_norm"] for report in reports if "grad_norm" in report.values]
         if norms:
             row["train/grad_norm"] = norms[0]
         if seconds > self.seconds:
             row["throughput/examples_per_s"] = (examples - self.examples) / (seconds - self.seconds)
+            if frames:
+                row["throughput/frames_per_s"] = (frames - self.frames) / (seconds - self.seconds)
         if not self.is_synchronous:
             row |= self._lag(reports)
         row["comm/bytes_per_step"], row["comm/bytes"] = sent / max(1, step - self.step), self.bytes
         for name in ("compute_s", "exchange_s"):
             row[f"timing/{name}"] = sum(report.values[name] for report in reports) / len(reports)
         row["memory/rank_bytes"] = max(report.values["memory_bytes"] for report in reports)
-        self.step, self.examples, self.seconds = step, examples, seconds
+        self.step, self.examples, self.frames, self.seconds = step, examples, frames, seconds
         return row
 
     def _lag(self, reports: list[Report]) -> dict[str, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from distml.spec.schema import JobSpec
@@ -13,6 +15,28 @@ SNAPSHOT_EVERY = 10
 def crossed(previous: int, version: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (previous, version]."""
     return version // every > previous // every
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a run has used up.
+
+    Attributes:
+        version: changes of the model's weights.
+        examples: in them, over all workers.
+        frames: environment steps that they were the first to use, over all workers.
+        seconds: of training.
+    """
+
+    version: int = 0
+    examples: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, clock: Mapping[str, Any]) -> Spent:
+        """From a clock's state; what was saved before frames were counted had none."""
+        return cls(int(clock["version"]), int(clock["examples"]), int(clock.get("frames", 0)))
 
 
 class Agenda:
@@ -35,32 +59,37 @@ class Agenda:
         self.max_examples = min((n for n in (stop.examples, epochs) if n is not None), default=None)
         examples_per_step = job.batch_size / updates_per_round
         by_examples = math.ceil(self.max_examples / examples_per_step) if self.max_examples else None
-        self.max_steps = stop.steps
-        self.budget_steps = min((n for n in (stop.steps, by_examples) if n is not None), default=None)
+        uses = job.task.uses_per_frame
+        by_frames = math.ceil(stop.frames * uses / examples_per_step) if stop.frames and uses else None
+        self.max_steps, self.max_frames = stop.steps, stop.frames
+        self.budget_steps = min((n for n in (stop.steps, by_examples, by_frames) if n is not None), default=None)
         self.evaluations: list[tuple[int, float]] = []
 
     # -------------------------------------------------------------------------------------------------------- budgets
-    def spent(self, version: int, examples: int, seconds: float = 0.0) -> str | None:
+    def spent(self, spent: Spent) -> str | None:
         """The budget that is used up, or None."""
-        if self.max_steps is not None and version >= self.max_steps:
+        if self.max_steps is not None and spent.version >= self.max_steps:
             return "steps"
-        if self.max_examples is not None and examples >= self.max_examples:
+        if self.max_examples is not None and spent.examples >= self.max_examples:
             return "epochs" if self.job.stop.examples is None else "examples"
-        if self.job.stop.seconds is not None and seconds >= self.job.stop.seconds:
+        if self.max_frames is not None and spent.frames >= self.max_frames:
+            return "frames"
+        if self.job.stop.seconds is not None and spent.seconds >= self.job.stop.seconds:
             return "seconds"
         return None
 
-    def over(self, version: int, examples: int) -> str | None:
-        """Why a run that goes on from `version` has nothing left to do, or None."""
-        judged = self._verdict() if self.evaluations and self.evaluations[-1][0] == version else None
-        return judged if judged == "goal" else self.spent(version, examples) or judged
+    def over(self, spent: Spent) -> str | None:
+        """Why a run that goes on from here has nothing left to do, or None."""
+        judged = self._verdict() if self.evaluations and self.evaluations[-1][0] == spent.version else None
+        return judged if judged == "goal" else self.spent(spent) or judged
 
-    def fraction(self, version: int, examples: int, seconds: float = 0.0) -> float:
+    def fraction(self, spent: Spent) -> float:
         """Share of the budget used, 0 to 1."""
         shares = [
             used / limit
             for used, limit in (
-                (version, self.max_steps), (examples, self.max_examples), (seconds, self.job.stop.seconds),
+                (spent.version, self.max_steps), (spent.examples, self.max_examples),
+                (spent.frames, self.max_frames), (spent.seconds, self.job.stop.seconds),
             )
             if limit
         ]  # fmt: skip

@@ -24,7 +24,7 @@ from distml.tasks.base import Loss
 
 
 class AllReduce(Single):
-    """One collective per phase carries gradients, count, vote and rows: N + TAIL elements, or their payload."""
+    """One collective per phase carries gradients, count, vote, rows and frames: N + TAIL elements, or their payload."""
 
     def _build(self) -> None:
         super()._build()

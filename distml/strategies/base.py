@@ -13,7 +13,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from distml.errors import UsageError
 from distml.exchange.channel import Channel, Group
-from distml.exchange.flat import COUNT, ROWS, TAIL, VOTE, Carried, FlatModel, from_numpy, to_numpy
+from distml.exchange.flat import TAIL, Carried, FlatModel, from_numpy, to_numpy
 from distml.exchange.layout import Array
 from distml.exchange.segment import Regions
 from distml.spec.schema import JobSpec
-from distml.strategies.agenda import Agenda
+from distml.strategies.agenda import Agenda, Spent
 from distml.strategies.optimizer import schedule_factor
 from distml.tasks.base import Loss, Mean, Progress, Task, as_loss
 from distml.tasks.data import Batch, num_rows
@@ -102,6 +102,7 @@ class Strategy(ABC):
         self.since_average = 0.0  # count of this worker's gradients since the carried tensors were averaged
         self._count = 0.0  # what this phase's gradient is a sum over: examples, tokens or frames
         self._rows = 0.0  # examples of this step, whatever its losses count
+        self._frames = 0.0  # environment steps that this step is the first to use
         self._mark = time.perf_counter()
         self.leaves_gradients = True  # an exchange does not zero them itself
 
@@ -170,6 +171,7 @@ class Strategy(ABC):
             raise BadLossError(f"{method} is {value}")
         if phase == self.phases[-1]:  # every phase sees the same batch
             self._rows += num_rows(batch, loss.count)
+            self._frames += loss.frames
         self.meter.add(method, Mean(value, loss.count))
         for name, mean in loss.metrics.items():
             self.meter.add(name, mean)
@@ -191,9 +193,7 @@ class Strategy(ABC):
     def exchange(self, phase: int) -> None:
         """Let all workers' gradients of this phase become one update of its weights."""
         message = self.flat.phase_message(phase)
-        message[message.numel() - TAIL + COUNT] = self._count
-        message[message.numel() - TAIL + VOTE] = self.vote
-        message[message.numel() - TAIL + ROWS] = self._rows
+        message[-TAIL:] = message.new_tensor(self._tail())
         started, before = self._mark, time.perf_counter()
         self.meter.compute_s += before - started
         last = phase == self.phases[-1]
@@ -204,7 +204,7 @@ class Strategy(ABC):
             self._exchange(phase, self._count, last)
             if self.leaves_gradients:
                 message.zero_()
-        self._count = self._rows = 0.0
+        self._count = self._rows = self._frames = 0.0
         self._mark = time.perf_counter()
         self.meter.exchange_s += self._mark - before
         self.train_seconds += self._mark - started
@@ -219,9 +219,19 @@ class Strategy(ABC):
             self.task.after_update(self.model, self.progress)
         self.meter.steps += 1
 
-    def _advance(self, version: int, examples: int, finished: str | None, duties: tuple[str, ...]) -> None:
-        fraction = self.agenda.fraction(version, examples, self.train_seconds)
-        self.progress = Progress(version, examples, 0, fraction)
+    def _tail(self) -> list[float]:
+        """What goes behind this worker's gradients, in the order of COUNT, VOTE, ROWS, FRAMES."""
+        return [self._count, self.vote, self._rows, self._frames]
+
+    @property
+    def spent(self) -> Spent:
+        """What the run has used up at this version."""
+        progress = self.progress
+        return Spent(progress.version, progress.examples, progress.frames, self.train_seconds)
+
+    def _advance(self, spent: Spent, finished: str | None, duties: tuple[str, ...]) -> None:
+        fraction = self.agenda.fraction(replace(spent, seconds=self.train_seconds))
+        self.progress = Progress(spent.version, spent.examples, spent.frames, fraction)
         self.finished, self.duties = finished, duties
 
     @property
@@ -333,12 +343,15 @@ class Strategy(ABC):
         clock = shared["clock"]
         self.agenda.load_state(clock["agenda"])
         self.flat.gradients.zero_()
-        self._count, self._rows, self.finished, self.duties = 0.0, 0.0, None, ()
-        self._advance(clock["version"], clock["examples"], self.agenda.over(clock["version"], clock["examples"]), ())
+        self._count = self._rows = self._frames = 0.0
+        spent = Spent.of(clock)
+        self._advance(spent, self.agenda.over(spent), ())
 
     def clock_state(self) -> dict[str, Any]:
-        """JSON values: version, examples, updates and the evaluations so far."""
-        return {"version": self.progress.version, "examples": self.progress.examples, "agenda": self.agenda.state()}
+        """JSON values: version, examples, frames and the evaluations so far."""
+        progress = self.progress
+        return {"version": progress.version, "examples": progress.examples, "frames": progress.frames,
+                "agenda": self.agenda.state()}  # fmt: skip
 
 
 def seed_everything(seed: int) -> None:

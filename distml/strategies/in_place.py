@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from distml.exchange.channel import Group
-from distml.exchange.flat import COUNT, ROWS, TAIL, FlatModel
+from distml.exchange.flat import COUNT, FRAMES, ROWS, TAIL, FlatModel
 from distml.exchange.layout import Layout
 from distml.exchange.segment import KeptStates, Regions, kept_regions
 from distml.exchange.shared_memory import SharedMemoryGroup, host_regions, is_finite
@@ -123,7 +123,7 @@ class InPlaceUpdate:
         """Take part in the update of one phase that makes `version` + 1 (or a part of it).
 
         Returns:
-            The summed tail of the messages (count, votes, rows), and the mean gradient's norm, if it is needed.
+            The summed tail of the messages (count, votes, rows, frames), and the mean gradient's norm, if it is needed.
         """
         messages = [self._message(gradients, phase) for gradients in self.everyones]
         self.host.at("gradients")
@@ -135,7 +135,7 @@ class InPlaceUpdate:
             tail += message[-TAIL:]
         sums = tail.tolist()
         members = [(index, 0) for index in range(len(messages))]
-        entry = Entry(version, phase, members, sums[COUNT], sums[ROWS], version, last, needs_norm=needs_norm)
+        entry = Entry(version, phase, members, sums[COUNT], sums[ROWS], sums[FRAMES], version, last, needs_norm)
         norm = self._apply(entry, messages)
         self.host.at("weights")
         self.host.barrier("the new weights")

@@ -9,10 +9,11 @@ update of θ by the quotient:
     nesterov    SGD with Nesterov's momentum on mean(θ - θ_r) (DiLoCo, Douillard et al. 2023)
 
 Rounds end at the multiples of H, and where `stop.steps` cuts the last one short: so the run ends with one model. There
-only do workers hear of each other: budgets of examples, epochs and seconds, votes to stop, evaluations, checkpoints
-and snapshots wait for the next round's end, and what a death costs is at most what came since the last round's end at
-or after a snapshot was due. Within a round `progress.examples` is this worker's own scaled up to all workers (exact
-for datasets). Buffers and `after_update` are each worker's own until an evaluation or checkpoint averages the buffers.
+only do workers hear of each other: budgets of examples, epochs, frames and seconds, votes to stop, evaluations,
+checkpoints and snapshots wait for the next round's end, and what a death costs is at most what came since the last
+round's end at or after a snapshot was due. Within a round `progress.examples` and `progress.frames` are this worker's
+own scaled up to all workers (exact for datasets). Buffers and `after_update` are each worker's own until an evaluation
+or checkpoint averages the buffers.
 
 State: shared are the weights, the outer momentum, and rank 0's inner moments, from which another strategy, or a worker
 that is new, goes on (zero moments at Adam's late step count would make its first steps several times too long). The
@@ -31,10 +32,11 @@ import torch
 from torch import Tensor
 
 from distml.exchange.channel import Channel, Group
-from distml.exchange.flat import COUNT, ROWS, TAIL, VOTE, from_numpy, to_numpy
+from distml.exchange.flat import COUNT, FRAMES, ROWS, TAIL, VOTE, from_numpy, to_numpy
 from distml.exchange.segment import KeptStates, Regions, kept_regions
 from distml.exchange.shared_memory import CACHE_LINE, SharedMemoryGroup, host_regions, is_finite
 from distml.spec.schema import GroupSpec, JobSpec, LocalSGDSpec, NesterovSpec, SGDSpec
+from distml.strategies.agenda import Spent
 from distml.strategies.optimizer import FlatOptimizer
 from distml.strategies.single import Single
 
@@ -68,9 +70,9 @@ class LocalSGD(Single):
         self._begin_round()
 
     def _begin_round(self) -> None:
-        self.round_start, self.round_examples = self.progress.version, self.progress.examples
+        self.round_start = self.spent
         self.counts = dict.fromkeys(self.phases, 0.0)
-        self.rows = 0.0
+        self.rows = self.frames = 0.0
 
     def regions(self, size: int, keeps: bool) -> Regions:
         gradients = self.flat.gradients
@@ -109,12 +111,18 @@ class LocalSGD(Single):
         if not last:
             return
         self.rows += self._rows
+        self.frames += self._frames
         version = self.progress.version + 1
         if version % self.inner_steps == 0 or version == self.agenda.max_steps:
             self._end_round(version)
         else:
-            everyones = self.rows * self.job.batch_size / self.share
-            self._advance(version, self.round_examples + round(everyones), None, ())
+            scale = self.job.batch_size / self.share
+            self._advance(self._in_round(version, self.rows * scale, self.frames * scale), None, ())
+
+    def _in_round(self, version: int, rows: float, frames: float) -> Spent:
+        """What the run has used up when so much has come since the round's start."""
+        start = self.round_start
+        return Spent(version, start.examples + round(rows), start.frames + round(frames))
 
     def _end_round(self, version: int) -> None:
         """The outer update: the round's one exchange."""
@@ -131,9 +139,9 @@ class LocalSGD(Single):
             self.outer.update(self.flat.weights, message[:-TAIL], phase, version - 1)
         self.start.copy_(self.flat.weights)
         self.flat.gradients.zero_()
-        examples = self.round_examples + round(tail[ROWS])
-        finished = self.agenda.spent(version, examples) or self.verdict(tail[VOTE])
-        self._advance(version, examples, finished, self.agenda.duties(version, finished, since=self.round_start))
+        spent = self._in_round(version, tail[ROWS], tail[FRAMES])
+        finished = self.agenda.spent(spent) or self.verdict(tail[VOTE])
+        self._advance(spent, finished, self.agenda.duties(version, finished, since=self.round_start.version))
         self._begin_round()
 
     def _pack(self) -> None:
@@ -143,7 +151,7 @@ class LocalSGD(Single):
             message = self.flat.phase_message(phase)
             torch.mul(self.flat.phase_weights(phase), self.counts[phase], out=message[:-TAIL])
             message[-TAIL + COUNT] = self.counts[phase]
-        message[-TAIL + VOTE], message[-TAIL + ROWS] = self.vote, self.rows
+        message[-TAIL + VOTE], message[-TAIL + ROWS], message[-TAIL + FRAMES] = self.vote, self.rows, self.frames
 
     # ----------------------------------------------------------------------------------------------------------- state
     def shared_state(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from distml.exchange.flat import TAIL, from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
 from distml.exchange.segment import Regions
 from distml.spec.schema import JobSpec, ParameterServerSpec
-from distml.strategies.agenda import Agenda, crossed
+from distml.strategies.agenda import Agenda, Spent, crossed
 from distml.strategies.base import Strategy
 from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
 from distml.strategies.shard import Entry, shard_range
@@ -65,7 +65,7 @@ class Clock:
         self.is_sync, self.num_servers = job.strategy.is_synchronous, job.strategy.servers
         self.bound = {"sync": 0, "async": math.inf, "ssp": job.strategy.max_staleness or 0}[job.strategy.mode]
         self.prefetch, self.scales = job.strategy.prefetch, job.strategy.staleness_scaling
-        self.version, self.examples, self.number = 0, 0, 0
+        self.version = self.examples = self.frames = self.number = 0
         self.finished: str | None = None
         self.computing: dict[int, int] = {}  # rank -> version that its next gradient is of
         self.awaited: dict[int, int] = {}  # rank -> ticket without whose answer it does not go on
@@ -209,14 +209,21 @@ class Clock:
         entry.dropped = True
         for head in heads:
             self.awaited.pop(head.rank, None)
-            entry.replies[head.rank, head.ticket] = Reply(self.version, self.examples, finished=self.finished)
+            entry.replies[head.rank, head.ticket] = Reply(self.version, self.examples, self.frames,
+                                                              finished=self.finished)  # fmt: skip
         return entry
 
     def _entry(self, phase: int, heads: list[Head]) -> Entry:
         self.number += 1
         members = [(head.rank, head.ticket) for head in heads]
         count, rows = sum(head.count for head in heads), sum(head.rows for head in heads)
-        return Entry(self.number, phase, members, count, rows, self.version, phase == self.num_phases - 1)
+        frames, last = sum(head.frames for head in heads), phase == self.num_phases - 1
+        return Entry(self.number, phase, members, count, rows, frames, self.version, last)
+
+    @property
+    def spent(self) -> Spent:
+        """What the run has used up at this version; whether its time is over, workers vote on."""
+        return Spent(self.version, self.examples, self.frames)
 
     def _order(self, phase: int, heads: list[Head]) -> Entry:
         entry = self._entry(phase, heads)
@@ -226,10 +233,11 @@ class Clock:
         if entry.last_phase:
             self.version += 1
             self.examples += round(entry.rows)
+            self.frames += round(entry.frames)
             for head in heads:
                 self.contributed[head.rank] = self.contributed.get(head.rank, 0.0) + head.rows
             votes = sum(head.vote for head in heads)
-            self.finished = self.agenda.spent(self.version, self.examples) or Strategy.verdict(votes)
+            self.finished = self.agenda.spent(self.spent) or Strategy.verdict(votes)
             duties = self._duties()
         clips = self.is_sync and self.job.optimizer.clip_norm is not None
         reports = entry.last_phase and crossed(entry.version, entry.version + 1, self.job.log.every)
@@ -243,7 +251,7 @@ class Clock:
     def _reply(self, entry: Entry, head: Head, duties: tuple[str, ...]) -> None:
         """Answer one gradient of an entry, and note what its worker does with the answer."""
         rank = head.rank
-        reply = Reply(self.version, self.examples, staleness=entry.version - head.read_version, applied=True,
+        reply = Reply(self.version, self.examples, self.frames, entry.version - head.read_version, applied=True,
                       contributed=self.contributed.get(rank, 0.0), finished=self.finished, duties=duties)  # fmt: skip
         if duties and not self.is_sync:
             reply.carried, reply.integers = self._average_carried()
@@ -300,14 +308,15 @@ class Clock:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON values."""
         contributed = [[rank, rows] for rank, rows in sorted(self.contributed.items())]
-        return {"version": self.version, "examples": self.examples, "agenda": self.agenda.state(),
-                "contributed": contributed}  # fmt: skip
+        return {"version": self.version, "examples": self.examples, "frames": self.frames,
+                "agenda": self.agenda.state(), "contributed": contributed}  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
-        self.version, self.examples = state["version"], state["examples"]
+        spent = Spent.of(state)
+        self.version, self.examples, self.frames = spent.version, spent.examples, spent.frames
         self.agenda.load_state(state["agenda"])
-        self.finished = self.agenda.over(self.version, self.examples)
+        self.finished = self.agenda.over(spent)
         self.number, self.carried = 0, {}
         # Of a checkpoint that another strategy wrote, nobody knows whose gradients it came from.
         self.contributed = dict(state["contributed"]) if "contributed" in state else {}
@@ -318,8 +327,8 @@ class Clock:
         JSON values, but for the buffers' arrays, which stand under "carried" alone.
         """
         return {
-            "version": self.version, "examples": self.examples, "number": self.number, "finished": self.finished,
-            "agenda": self.agenda.state(),
+            "version": self.version, "examples": self.examples, "frames": self.frames, "number": self.number,
+            "finished": self.finished, "agenda": self.agenda.state(),
             **{name: [list(row) for row in getattr(self, name).items()] for name in BY_RANK},
             "held": [dump_head(head) for head in self.held],
             "arrived": [[*key, sorted(servers)] for key, servers in self.arrived.items()],
@@ -333,7 +342,8 @@ class Clock:
 
     def restore(self, dump: Mapping[str, Any]) -> None:
         """The inverse of `dump`."""
-        self.version, self.examples, self.number = dump["version"], dump["examples"], dump["number"]
+        for name in ("version", "examples", "frames", "number"):
+            setattr(self, name, dump[name])
         self.finished, self.evaluation_waits = dump["finished"], dump["evaluation_waits"]
         self.agenda.load_state(dump["agenda"])
         for name in BY_RANK:
@@ -353,7 +363,13 @@ BY_RANK = ("computing", "awaited", "newest", "joined", "last_tickets", "contribu
 
 def dump_head(head: Head) -> list[Any]:
     """A head's arguments without its arrays: JSON values."""
-    return [head.rank, head.ticket, head.phase, head.read_version, head.count, head.vote, None, {}, head.rows]
+    return [head.rank, head.ticket, head.phase, head.read_version, head.count, head.vote, None, {}, head.rows,
+            head.frames]  # fmt: skip
+
+
+def spent_by(reply: Reply) -> Spent:
+    """What the run has used up, as an answer says."""
+    return Spent(reply.version, reply.examples, reply.frames)
 
 
 class ServerGroup:
@@ -449,7 +465,7 @@ class ParameterServer(Strategy):
         self.ticket += 1
         reply = self.channel.join(head, self.flat.weights)
         self.read_version = reply.version
-        self._advance(reply.version, reply.examples, reply.finished, ())
+        self._advance(spent_by(reply), reply.finished, ())
 
     def leave(self) -> None:
         self.under_way = None  # of a gradient that came after the end
@@ -467,7 +483,8 @@ class ParameterServer(Strategy):
             whole = (0, self.flat.layout.numel)
             norm = math.sqrt(sum(block_square_norms(self.flat.layout, gradient, whole, phase))) / max(count, 1.0)
             gradient.mul_(clip_scale(norm, self.job.optimizer.clip_norm))
-        head = Head(self.rank, self.ticket, phase, self.read_version, count, self.vote, rows=self._rows)
+        head = Head(self.rank, self.ticket, phase, self.read_version, count, self.vote, rows=self._rows,
+                    frames=self._frames)  # fmt: skip
         if not self.is_sync and last and self.carried.tensors:
             head.carried, head.integers = to_numpy(self.carried.average_vector()).copy(), self.carried.integers()
         self.ticket += 1
@@ -512,7 +529,7 @@ class ParameterServer(Strategy):
         if reply.carried is not None:
             self.carried.set_average(from_numpy(reply.carried))
             self.carried.load(reply.integers)
-        self._advance(reply.version, reply.examples, reply.finished, reply.duties)
+        self._advance(spent_by(reply), reply.finished, reply.duties)
 
     def own_state(self) -> dict[str, Any]:
         return {} if self.compressor is None else self.compressor.state()

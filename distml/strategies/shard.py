@@ -31,7 +31,7 @@ class Entry:
         number: position in the order; shards apply entries in it, without gaps.
         members: (rank, ticket) of the gradients, in rank order: sums are taken in this order.
         count: what their sum is over: examples, tokens or frames.
-        rows: examples that they came from.
+        rows, frames: examples that they came from, and environment steps that are new in them.
         version: of the weights before.
         capture: keep the shard's state after this entry under the new version.
         clock: the clock's state after it, if it is captured.
@@ -46,6 +46,7 @@ class Entry:
     members: list[tuple[int, int]]
     count: float
     rows: float
+    frames: float
     version: int
     last_phase: bool
     needs_norm: bool = False

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from distml.exchange.channel import Channel, Group
-from distml.exchange.flat import COUNT, ROWS, TAIL, VOTE, from_numpy, to_numpy
+from distml.exchange.flat import COUNT, FRAMES, ROWS, TAIL, VOTE, from_numpy, to_numpy
 from distml.exchange.segment import Regions
 from distml.exchange.shared_memory import SharedMemoryGroup
-from distml.strategies.agenda import crossed
+from distml.strategies.agenda import Spent, crossed
 from distml.strategies.base import Strategy
 from distml.strategies.in_place import InPlaceUpdate, sync_regions
 from distml.strategies.optimizer import FlatOptimizer, applied_optimizer, block_square_norms, clip_scale
@@ -86,9 +86,10 @@ class Single(Strategy):
             self._apply(message[:-TAIL], tail[COUNT], phase, last)
         self.meter.bytes_sent += self.group.bytes_sent - before
         if last:
-            version, examples = self.progress.version + 1, self.progress.examples + round(tail[ROWS])
-            finished = self.agenda.spent(version, examples) or self.verdict(tail[VOTE])
-            self._advance(version, examples, finished, self.agenda.duties(version, finished))
+            done = self.progress
+            spent = Spent(done.version + 1, done.examples + round(tail[ROWS]), done.frames + round(tail[FRAMES]))
+            finished = self.agenda.spent(spent) or self.verdict(tail[VOTE])
+            self._advance(spent, finished, self.agenda.duties(spent.version, finished))
 
     def _needs_norm(self, version: int, last: bool) -> bool:
         """Whether the mean gradient's norm is needed: to clip it, or for the report."""

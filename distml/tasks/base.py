@@ -59,7 +59,8 @@ class Loss:
         total: scalar tensor, the sum over `count` examples; its gradient is what workers add up.
         count: how many the sum is over. The update divides the workers' summed gradients by their summed counts.
         metrics: further means, reported as `train/NAME`; a name with a slash (`rl/episode_return_mean`) as it is.
-        frames: environment steps that this batch is the first to use; 0 where it comes from a dataset, or again.
+        frames: environment steps that this batch is the first to use; 0 where it comes from a dataset, or again. Of
+            several phases, the last one's are counted.
     """
 
     total: Tensor

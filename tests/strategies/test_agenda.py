@@ -10,7 +10,7 @@ from own.oracle import job_of, spec_of
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, StepLR
 
 from distml.spec.schema import ScheduleSpec
-from distml.strategies.agenda import Agenda, crossed
+from distml.strategies.agenda import Agenda, Spent, crossed
 from distml.strategies.optimizer import schedule_factor
 
 
@@ -27,11 +27,11 @@ def test_crossed():
 def test_the_first_budget_that_is_used_up_ends_the_run():
     both = agenda({"steps": 10, "examples": 100})
     used = ((9, 99), (10, 99), (9, 100), (10, 100))
-    assert [both.spent(*pair) for pair in used] == [None, "steps", "examples", "steps"]
+    assert [both.spent(Spent(*pair)) for pair in used] == [None, "steps", "examples", "steps"]
     timed = agenda({"seconds": 5.0})
-    assert (timed.spent(10**6, 10**9, 4.9), timed.spent(0, 0, 5.0)) == (None, "seconds")
+    assert (timed.spent(Spent(10**6, 10**9, 10**9, 4.9)), timed.spent(Spent(seconds=5.0))) == (None, "seconds")
     epochs = agenda({"epochs": 2.5}, size=41)
-    assert [epochs.spent(1, e) for e in (102, 103)] == [None, "epochs"]
+    assert [epochs.spent(Spent(1, e)) for e in (102, 103)] == [None, "epochs"]
 
 
 def test_the_budget_in_steps_is_what_schedules_end_at():
@@ -43,10 +43,10 @@ def test_the_budget_in_steps_is_what_schedules_end_at():
 
 def test_the_fraction_is_of_the_budget_nearest_to_its_end():
     both = agenda({"steps": 10, "examples": 100, "seconds": 4.0})
-    assert both.fraction(5, 20, 0.4) == 0.5
-    assert both.fraction(5, 80, 0.4) == 0.8
-    assert both.fraction(5, 80, 3.8) == 0.95
-    assert both.fraction(12, 80, 1.0) == 1.0
+    assert both.fraction(Spent(5, 20, 0, 0.4)) == 0.5
+    assert both.fraction(Spent(5, 80, 0, 0.4)) == 0.8
+    assert both.fraction(Spent(5, 80, 0, 3.8)) == 0.95
+    assert both.fraction(Spent(12, 80, 0, 1.0)) == 1.0
 
 
 def test_duties():

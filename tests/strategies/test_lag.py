@@ -103,7 +103,7 @@ def test_a_step_begins_with_all_weights_of_one_version_and_in_between_a_phase_br
     layout = Layout.build([("first", (300,), 0, 0), ("second", (500,), 1, 0)])
 
     def entry(phase: int, dropped: bool = False) -> Entry:
-        return Entry(1, phase, [(0, 0)], 1.0, 1.0, 0, last_phase=phase == 1, dropped=dropped)
+        return Entry(1, phase, [(0, 0)], 1.0, 1.0, 0.0, 0, last_phase=phase == 1, dropped=dropped)
 
     assert [answered_range(layout, entry(phase), True) for phase in (0, 1)] == [(0, 300), (300, 800)]
     assert [answered_range(layout, entry(phase), False) for phase in (0, 1)] == [(0, 300), (0, 800)]

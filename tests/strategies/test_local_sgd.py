@@ -151,9 +151,9 @@ def weights_by_version(spec: dict, monkeypatch: pytest.MonkeyPatch) -> dict[int,
     found: dict[int, dict[int, torch.Tensor]] = {}
     real = LocalSGD._advance
 
-    def advance(self, version, *rest):
-        found.setdefault(version, {})[self.rank] = self.flat.weights.clone()
-        real(self, version, *rest)
+    def advance(self, spent, *rest):
+        found.setdefault(spent.version, {})[self.rank] = self.flat.weights.clone()
+        real(self, spent, *rest)
 
     monkeypatch.setattr(LocalSGD, "_advance", advance)
     train(spec)
