@@ -17,6 +17,7 @@ def by_hand() -> MDP:
     transitions[0, 1, 1] = 1
     transitions[1, 1, 2] = transitions[1, 1, 1] = 0.5
     rewards[0, 0], rewards[1, 1] = 1, 10
+    transitions[2, :, 0], rewards[2] = 1, 7  # of the end: must not be read
     return MDP(transitions, rewards, np.array([False, False, True]))
 
 
