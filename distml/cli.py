@@ -172,8 +172,7 @@ def validate(
         except UsageError as error:
             code = ExitCode(_fail(str(error), ExitCode.USAGE))
         else:
-            job = loaded.job
-            print(f"{loaded.path}: ok ({job.name}, {job.task.name}, {job.strategy.label})")
+            print(f"{loaded.path}: ok ({loaded.summary})")
     return code
 
 

@@ -94,12 +94,12 @@ def best_mode(metric: str) -> str:
     return "min" if any(word in last for word in ("loss", "error", "perplexity")) else "max"
 
 
-def default_at(path: KeyPath, data: dict[str, Any]) -> dict[str, Any] | list[Any]:
+def default_at(path: KeyPath, data: dict[str, Any], root: type[Block] = JobSpec) -> dict[str, Any] | list[Any]:
     """What an override that goes below `path` begins with where the spec has nothing there.
 
     The default's name for a block that is chosen by name, an empty list for a list, else an empty block.
     """
-    block: type[Block] | None = JobSpec
+    block: type[Block] | None = root
     value: Any = data
     for part in path[:-1]:
         value = value.get(part) if isinstance(value, dict) else None
@@ -123,11 +123,11 @@ class Place:
     here: list[type[Block]]
 
 
-def locate(loc: tuple[str | int, ...]) -> Place:
+def locate(loc: tuple[str | int, ...], root: type[Block] = JobSpec) -> Place:
     """The place of a pydantic location, which also holds the names that chose a union's member."""
     path: list[str | int] = []
     around: list[type[Block]] = []
-    here: list[type[Block]] = [JobSpec]
+    here: list[type[Block]] = [root]
     for part in loc:
         if len(here) > 1 and isinstance(part, str):
             here = [block for block in here if part in names_of(block)]

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic.json_schema import models_json_schema
+
 from distml.spec.base import OWN, OWN_PATTERN, Block, OwnBlock
 from distml.spec.blocks import blocks_under, names_of
+from distml.spec.loader import KINDS
 from distml.spec.schema import BestSpec, JobSpec
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def json_schema() -> dict[str, Any]:
-    """Draft 2020-12 schema of a training job, shorthands included; rules across keys are not in it."""
-    schema = JobSpec.model_json_schema(by_alias=True)
-    blocks = {block.__name__: block for block in _all_blocks(JobSpec)}
-    for name, definition in [("JobSpec", schema), *schema["$defs"].items()]:
+    """Draft 2020-12 schema of a job of any kind, shorthands included; rules across keys are not in it."""
+    _, schema = models_json_schema([(kind, "validation") for kind in KINDS.values()], by_alias=True)
+    blocks = {block.__name__: block for kind in KINDS.values() for block in _all_blocks(kind)}
+    for name, definition in schema["$defs"].items():
         if name in blocks:
             _allow_shorthands(definition["properties"], blocks[name])
-    return {"$schema": DIALECT, **schema}
+    # A chain, not oneOf: an editor then speaks of the kind that is written.
+    chosen: dict[str, Any] = {"$ref": f"#/$defs/{JobSpec.__name__}"}
+    for name, kind in KINDS.items():
+        if kind is not JobSpec:
+            is_kind = {"properties": {"kind": {"const": name}}, "required": ["kind"]}
+            chosen = {"if": is_kind, "then": {"$ref": f"#/$defs/{kind.__name__}"}, "else": chosen}
+    return {"$schema": DIALECT, **chosen, "$defs": schema["$defs"]}
 
 
 def _all_blocks(block: type[Block]) -> set[type[Block]]:

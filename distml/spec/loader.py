@@ -6,35 +6,50 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Generic
 
 from pydantic import ValidationError
+from typing_extensions import TypeVar
 
 from distml.errors import UsageError
+from distml.spec.base import Block
 from distml.spec.blocks import expand
 from distml.spec.jobs import find_job
 from distml.spec.messages import Problem, describe, near, problems_of, shorten
 from distml.spec.overrides import apply_overrides
 from distml.spec.own_task import find_own, find_own_task, own_names
 from distml.spec.rl_rules import complete
+from distml.spec.rllib import RLlibSpec, check_rllib, find_recorded
 from distml.spec.rules import check_rules
 from distml.spec.schema import JobSpec, OwnTaskSpec
 from distml.spec.yaml import Document, Position, dump, parse, plain
 
+J = TypeVar("J", bound=Block, covariant=True, default=JobSpec)
+KINDS: dict[str, type[Block]] = {"train": JobSpec, "rllib": RLlibSpec}
+
 
 @dataclass(frozen=True)
-class LoadedSpec:
+class LoadedSpec(Generic[J]):
     """A checked job and where it came from.
 
     Args:
-        job: the job.
+        job: the job, of the class that `KINDS` has for its kind.
         path: its file; None for a dict.
         directory: where the file of a user's own task is looked up.
     """
 
-    job: JobSpec
+    job: J
     path: Path | None
     directory: Path
+
+    @property
+    def summary(self) -> str:
+        """Name, task and strategy; of a job for RLlib: name, algorithm and environment."""
+        job: Block = self.job
+        if isinstance(job, RLlibSpec):
+            return f"{job.name}, {job.algorithm} of RLlib, {job.environment.id}"
+        assert isinstance(job, JobSpec)
+        return f"{job.name}, {job.task.name}, {job.strategy.label}"
 
     def dump(self) -> str:
         """The resolved spec as YAML, every default written out; it loads to an equal job."""
@@ -46,7 +61,7 @@ def load_spec(
     overrides: Mapping[str, object] | Sequence[str] = (),
     *,
     directory: Path | None = None,
-) -> LoadedSpec:
+) -> LoadedSpec[Any]:
     """Read, complete and check a job spec.
 
     Args:
@@ -65,13 +80,51 @@ def load_spec(
         document = _read(path)
     if directory is None:
         directory = Path.cwd() if path is None else path.parent
-    document.data = expand(document.data)
-    apply_overrides(document, overrides)
+    root = KINDS.get(str(document.data.get("kind")), JobSpec)
+    document.data = expand(document.data, root)
+    apply_overrides(document, overrides, root)
     _check_kind(document)
+    root = KINDS[document.data.get("kind", "train")]
+    document.data = expand(document.data, root)  # once more, for an override of the kind
     try:
-        job = JobSpec.model_validate(document.data, by_alias=True, by_name=False)
+        job = root.model_validate(document.data, by_alias=True, by_name=False)
     except ValidationError as error:
-        raise _first(problems_of(error), document) from None
+        raise _first(problems_of(error, root), document) from None
+    if isinstance(job, RLlibSpec):
+        return LoadedSpec(_checked_rllib(job, directory, document), path, directory)
+    assert isinstance(job, JobSpec)
+    return LoadedSpec(_checked_train(job, directory, document), path, directory)
+
+
+def load_train(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Mapping[str, object] | Sequence[str] = (),
+    *,
+    directory: Path | None = None,
+) -> LoadedSpec[JobSpec]:
+    """`load_spec` where only a training job will do.
+
+    Raises:
+        UsageError: also for a job of another kind.
+    """
+    loaded = load_spec(source, overrides, directory=directory)
+    if not isinstance(loaded.job, JobSpec):
+        where = "the spec" if isinstance(source, Mapping) else os.fspath(source)
+        raise UsageError(f"{where} is a job of kind {loaded.job.kind}; this works with jobs of kind train only")
+    return loaded
+
+
+def _checked_rllib(job: RLlibSpec, directory: Path, document: Document) -> RLlibSpec:
+    for path_to_name, name in own_names(job):
+        find_own(name, directory, document.where(path_to_name))
+    job, problems = find_recorded(job, directory)
+    problems += check_rllib(job)
+    if problems:
+        raise _first(problems, document)
+    return job
+
+
+def _checked_train(job: JobSpec, directory: Path, document: Document) -> JobSpec:
     needs = None
     if isinstance(job.task, OwnTaskSpec):
         needs = find_own_task(job.task.name, directory, document.where(("task", "name"))).needs
@@ -81,10 +134,10 @@ def load_spec(
     problems += check_rules(job, needs)
     if problems:
         raise _first(problems, document)
-    return LoadedSpec(job, path, directory)
+    return job
 
 
-def dump_job(job: JobSpec) -> str:
+def dump_job(job: Block) -> str:
     """A job as YAML, every default written out; it loads to an equal job."""
     return dump(job.model_dump(mode="python", by_alias=True))
 
@@ -110,7 +163,7 @@ def _read(path: Path) -> Document:
 
 def _check_kind(document: Document) -> None:
     """First of all: the keys of another kind would only bring up errors that miss the point."""
-    known = get_args(JobSpec.model_fields["kind"].annotation)
+    known = list(KINDS)
     kind = document.data.get("kind", known[0])
     if kind not in known:
         close = near(kind, known) if isinstance(kind, str) else None

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from distml.spec.base import OWN, Block
 from distml.spec.blocks import keys_of, locate, names_of
+from distml.spec.schema import JobSpec
 from distml.spec.yaml import KeyPath, dotted
 
 
@@ -53,13 +54,13 @@ _PATTERNS = {
 }
 
 
-def problems_of(error: ValidationError) -> list[Problem]:
+def problems_of(error: ValidationError, root: type[Block] = JobSpec) -> list[Problem]:
     """Every finding of pydantic as a problem with a path into the spec."""
-    return [_problem(dict(found)) for found in error.errors(include_url=False)]
+    return [_problem(dict(found), root) for found in error.errors(include_url=False)]
 
 
-def _problem(found: dict[str, Any]) -> Problem:
-    place = locate(found["loc"])
+def _problem(found: dict[str, Any], root: type[Block]) -> Problem:
+    place = locate(found["loc"], root)
     path = place.path
     kind, value, context = found["type"], found["input"], found.get("ctx", {})
     name = dotted(path)

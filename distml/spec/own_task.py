@@ -13,7 +13,8 @@ from typing import get_args
 from distml.errors import UsageError
 from distml.spec.base import Block, Need
 from distml.spec.messages import near
-from distml.spec.rl import ActingBlock, OnPolicyBlock, OwnPolicySpec
+from distml.spec.rl import ActingBlock, EnvironmentSpec, OnPolicyBlock, OwnPolicySpec
+from distml.spec.rllib import RLlibSpec
 from distml.spec.yaml import KeyPath, Position
 
 
@@ -46,12 +47,19 @@ def find_own_task(name: str, directory: Path, start: Position) -> OwnTask:
     return OwnTask(path, None if body is None else _needs(body, path))
 
 
+def is_own(environment: EnvironmentSpec) -> bool:
+    """Whether it is a user's own class; module:Id-v0 is Gymnasium's way to import a module first."""
+    return environment.id.partition(":")[2].isidentifier()
+
+
 def own_names(task: Block) -> list[tuple[KeyPath, str]]:
-    """The import paths of a user's own policy and environment in a built-in task's block, with their places."""
+    """The import paths of a user's own policy and environment in a block that acts, with their places in the spec."""
+    if isinstance(task, RLlibSpec):
+        return [(("environment", "id"), task.environment.id)] if is_own(task.environment) else []
     if not isinstance(task, ActingBlock):
         return []
     found: list[tuple[KeyPath, str]] = []
-    if task.environment.id.partition(":")[2].isidentifier():  # module:Id-v0 is Gymnasium's own way to import first
+    if is_own(task.environment):
         found.append((("task", "environment", "id"), task.environment.id))
     if isinstance(task, OnPolicyBlock) and isinstance(task.policy, OwnPolicySpec):
         found.append((("task", "policy", "name"), task.policy.name))
