@@ -5,7 +5,8 @@ next call ignores the action and answers with the first observation; that row is
 `same_step`: the call that ends an episode already answers with the next one's first observation, and the last one of
 the episode that ended comes as `final`. Whoever uses `Environments` sees both through one `Transition`.
 
-Seeds: training's are at least 2^30, those of evaluations below it, so that the two never meet.
+Seeds: training's are at least 2^30, those of evaluations below it (the test split's from 2^29), so that they never
+meet.
 
 Shapes: E environments, O one observation, A one action.
 """
@@ -13,10 +14,11 @@ Shapes: E environments, O one observation, A one action.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -29,9 +31,20 @@ from distml.spec.rl import EnvironmentSpec
 from distml.tasks.data import mix
 
 Array: TypeAlias = NDArray[Any]
+T = TypeVar("T")
 
 TRAINING_SEEDS = 2**30  # and above; below: evaluation
 MODES = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
+
+
+def training_seeds(seed: int, num_envs: int) -> list[int]:
+    """Of a worker's environments, from its own seed."""
+    return [TRAINING_SEEDS + mix(seed, index) % TRAINING_SEEDS for index in range(num_envs)]
+
+
+def evaluation_seeds(split: str, episodes: Sequence[int]) -> list[int]:
+    """Of an evaluation's episodes, by their number: the same in every run, so that scores compare."""
+    return [(TRAINING_SEEDS // 2 if split == "test" else 0) + episode for episode in episodes]
 
 
 class EnvironmentFailed(RuntimeError):
@@ -63,22 +76,16 @@ class Environments:
 
     Args:
         spec: which, and in what vector form.
-        num_envs: E.
-        seed: from which each environment's own seed follows.
-        training: whether the seeds are of those that training may see.
-        together: step them in the environment's own vector form if it has one; False: each with its own seed.
+        seeds: of each, see `training_seeds` and `evaluation_seeds`.
+        together: step them in the environment's own vector form if it has one; False: only if that seeds each.
 
     Raises:
         UsageError: the environment cannot be made.
     """
 
-    def __init__(
-        self, spec: EnvironmentSpec, num_envs: int, seed: int, *, training: bool, together: bool = True
-    ) -> None:
-        self.spec, self.num_envs = spec, num_envs
-        base = TRAINING_SEEDS if training else 0
-        self.seeds = [base + mix(seed, index) % TRAINING_SEEDS for index in range(num_envs)]
-        self.vector = make_vector(spec, num_envs, together)
+    def __init__(self, spec: EnvironmentSpec, seeds: Sequence[int], *, together: bool = True) -> None:
+        self.spec, self.seeds, self.num_envs = spec, list(seeds), len(seeds)
+        self.vector = make_vector(spec, self.num_envs, together)
         self.observation_space: gym.Space[Any] = self.vector.single_observation_space
         self.action_space: gym.Space[Any] = self.vector.single_action_space
         mode = self.vector.metadata.get("autoreset_mode")
@@ -86,8 +93,8 @@ class Environments:
             raise UsageError(f"environment {spec.id} has autoreset mode {mode}; next_step and same_step work")
         self.resets_in_same_step = mode == AutoresetMode.SAME_STEP
         self.steps = 0
-        self._ended = np.zeros(num_envs, dtype=bool)
-        self._all_valid = np.ones(num_envs, dtype=bool)
+        self._ended = np.zeros(self.num_envs, dtype=bool)
+        self._all_valid = np.ones(self.num_envs, dtype=bool)
 
     def reset(self) -> Array:
         """Begin all episodes; the first observations [E, *O].
@@ -185,17 +192,21 @@ def make_vector(spec: EnvironmentSpec, num_envs: int, together: bool = True) -> 
     """
     own = own_class(spec)
     if own is not None and issubclass(own, VectorEnv):
-        return _checked(spec, lambda: own(num_envs=num_envs, **spec.args))
+        make_own: Callable[..., VectorEnv[Any, Any, Any]] = own
+        return _checked(spec, lambda: make_own(num_envs=num_envs, **spec.args))
     if own is None and uses_own_vector_form(spec, together):
-        mode = {} if spec.autoreset is None else {"autoreset_mode": MODES[spec.autoreset]}
+        arguments = {**spec.args, **one_thread(spec)}
+        if spec.autoreset is not None:
+            arguments["autoreset_mode"] = MODES[spec.autoreset]
         return _checked(
-            spec,
-            lambda: gym.make_vec(
-                spec.id, num_envs, vectorization_mode="vector_entry_point", **{**spec.args, **mode, **thread(spec)}
-            ),
+            spec, lambda: gym.make_vec(spec.id, num_envs, vectorization_mode="vector_entry_point", **arguments)
         )
     autoreset = MODES[spec.autoreset or "next_step"]
-    makers = [lambda index=index: Guard(make_one(spec), spec.id, index) for index in range(num_envs)]
+
+    def guarded(index: int) -> gym.Env[Any, Any]:
+        return Guard(make_one(spec), spec.id, index)
+
+    makers = [functools.partial(guarded, index) for index in range(num_envs)]
     return _checked(spec, lambda: SyncVectorEnv(makers, autoreset_mode=autoreset))
 
 
@@ -220,7 +231,7 @@ def make_one(spec: EnvironmentSpec, **more: Any) -> gym.Env[Any, Any]:
         kind = getattr(gym.wrappers, wrapper.name, None)
         if not (isinstance(kind, type) and issubclass(kind, gym.Wrapper)):
             raise UsageError(f"environment {spec.id}: gymnasium.wrappers has no wrapper {wrapper.name!r}")
-        env = _checked(spec, lambda env=env, kind=kind, wrapper=wrapper: kind(env, **wrapper.args))
+        env = _checked(spec, functools.partial(kind, env, **wrapper.args))
     return env
 
 
@@ -238,7 +249,7 @@ def uses_own_vector_form(spec: EnvironmentSpec, together: bool) -> bool:
     return plain and (is_atari or (together and spec.autoreset is None))
 
 
-def thread(spec: EnvironmentSpec) -> dict[str, Any]:
+def one_thread(spec: EnvironmentSpec) -> dict[str, Any]:
     """One thread per worker, where a vector form would take all of the machine's by itself."""
     return {"num_threads": 1} if spec.id.startswith("ALE/") and "num_threads" not in spec.args else {}
 
@@ -262,7 +273,7 @@ def register(name: str) -> None:
         gym.register_envs(ale_py)
 
 
-def own_class(spec: EnvironmentSpec) -> Callable[..., Any] | Any | None:
+def own_class(spec: EnvironmentSpec) -> type[Any] | None:
     """A user's own class by import path; None for an id of the registry.
 
     Raises:
@@ -283,7 +294,7 @@ def own_class(spec: EnvironmentSpec) -> Callable[..., Any] | Any | None:
 EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d", "ale": "atari", "pygame": "render"}
 
 
-def _checked(spec: EnvironmentSpec, make: Callable[[], Any]) -> Any:
+def _checked(spec: EnvironmentSpec, make: Callable[[], T]) -> T:
     try:
         return make()
     except (UsageError, EnvironmentFailed):

@@ -11,6 +11,7 @@ from pathlib import Path
 from distml.errors import UsageError
 from distml.spec.base import ALL_OFFERS
 from distml.spec.matrix import refusal
+from distml.spec.rl import ActorCriticSpec
 from distml.spec.schema import ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec, StrategyBlock
 from distml.tasks.base import Task
 
@@ -33,6 +34,10 @@ def build_task(job: JobSpec) -> Task:
         from distml.tasks.regression import Regression
 
         return Regression(spec.features, spec.rows, spec.noise, split_seed=job.seed)
+    if isinstance(spec, ActorCriticSpec):
+        from distml.rl.actor_critic import ActorCritic
+
+        return ActorCritic(spec, job.limits.max_restarts)
     from distml.tasks.classification import Classification
 
     assert isinstance(spec, ClassificationSpec)

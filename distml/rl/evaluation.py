@@ -1,0 +1,88 @@
+"""Whole episodes on seeds that training never sees: one per environment, so that short ones do not count more often."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distml.rl.acting import build_actor
+from distml.rl.atari import human_normalised
+from distml.rl.environments import Environments, evaluation_seeds
+from distml.rl.policies import Policy
+from distml.spec.rl import EnvironmentSpec, EvaluationSpec
+from distml.tasks.base import Mean, Part
+from distml.tasks.data import mix
+
+Array = NDArray[Any]
+
+
+def evaluate_policy(
+    policy: Policy, environment: EnvironmentSpec, evaluation: EvaluationSpec, part: Part
+) -> dict[str, Mean]:
+    """Returns and lengths of this part's episodes, per mode.
+
+    Returns:
+        `return_greedy_mean`, `episode_length_greedy_mean` and the same for `sampled`; for games of Atari also
+        `human_normalised`: 0 is a random player's score, 1 a human tester's.
+    """
+    episodes = range(part.index, evaluation.episodes, part.count)
+    means: dict[str, Mean] = {}
+    with frozen_anew(policy):
+        for mode in evaluation.modes:
+            returns, lengths = play(policy, environment, evaluation, part, episodes, greedy=mode == "greedy")
+            means[f"return_{mode}_mean"] = Mean(float(returns.sum()), len(episodes))
+            means[f"episode_length_{mode}_mean"] = Mean(float(lengths.sum()), len(episodes))
+    score = human_normalised(environment.id, means[f"return_{evaluation.modes[0]}_mean"])
+    return means if score is None else {**means, "human_normalised": score}
+
+
+def play(
+    policy: Policy, environment: EnvironmentSpec, evaluation: EvaluationSpec, part: Part, episodes: Sequence[int],
+    greedy: bool,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Returns and lengths [E] of the episodes with these numbers, each in an environment of its own."""
+    if not len(episodes):
+        return np.zeros(0), np.zeros(0)
+    environments = Environments(unclipped(environment), evaluation_seeds(part.split, episodes), together=False)
+    generator = np.random.default_rng(mix(part.seed, part.index))
+    actor, distribution = build_actor(policy, part.device), policy.distribution
+    actor.refresh()
+    num_envs = environments.num_envs
+    returns, lengths = np.zeros(num_envs), np.zeros(num_envs)
+    plays, resets = np.ones(num_envs, dtype=bool), np.ones(num_envs, dtype=bool)
+    state = actor.initial_state(num_envs)
+    with contextlib.closing(environments):
+        observations = environments.reset()
+        for _ in range(evaluation.max_frames):
+            parameters, state = actor.act(observations, state, resets)
+            actions = distribution.mode(parameters) if greedy else distribution.sample(parameters, generator)
+            transition = environments.step(distribution.to_environment(actions))
+            observations, resets = transition.observations, np.zeros(num_envs, dtype=bool)
+            returns += np.where(plays, transition.rewards, 0.0)
+            lengths += plays
+            plays &= ~(transition.terminated | transition.truncated)
+            if not plays.any():
+                break
+    return returns, lengths
+
+
+def unclipped(environment: EnvironmentSpec) -> EnvironmentSpec:
+    """The environment with the game's own score and whole games, whatever training simplifies."""
+    if not environment.id.startswith("ALE/"):
+        return environment
+    own = {"reward_clipping": False, "episodic_life": False}
+    return environment.model_copy(update={"args": {**environment.args, **own}})
+
+
+@contextlib.contextmanager
+def frozen_anew(policy: Policy) -> Any:
+    """Inside, observations are normalised with all that was seen; afterwards as the rollout in hand was."""
+    if policy.observation_moments is None:
+        yield
+        return
+    with policy.observation_moments.newest():
+        yield
