@@ -196,11 +196,13 @@ def of_run(out: Path) -> dict[str, Any]:
     return {"transport": environment.get("transport"), "bytes_per_step": statistics.median(counted)}
 
 
-def run_all(commands: Sequence[tuple[Host, list[str]]], environment: Mapping[str, str], folder: Path) -> None:
+def run_all(
+    commands: Sequence[tuple[Host, list[str]]], environment: Mapping[str, str], folder: Path, limit_s: float = LIMIT_S
+) -> None:
     """Run Python on these hosts with these arguments, to the end of all.
 
     Raises:
-        RunError: one failed, whose last line is given, or `LIMIT_S` went by; the others are ended.
+        RunError: one failed, whose last line is given, or `limit_s` went by; the others are ended.
     """
     what = " ".join(commands[0][1][:3])
     processes: list[subprocess.Popen[bytes]] = []
@@ -209,7 +211,7 @@ def run_all(commands: Sequence[tuple[Host, list[str]]], environment: Mapping[str
     try:
         for (host, arguments), log in zip(commands, logs, strict=True):
             processes.append(spawn(host.command([sys.executable, *arguments]), {**EVERYWHERE, **environment}, log))
-        failed = wait_for(processes, what)
+        failed = wait_for(processes, what, limit_s)
     finally:
         for process in processes:
             end_group(process)
@@ -226,19 +228,19 @@ def spawn(command: Sequence[str], variables: Mapping[str, str], log: Path) -> su
                                 stderr=file, start_new_session=True)  # fmt: skip
 
 
-def wait_for(processes: Sequence[subprocess.Popen[bytes]], what: str) -> int | None:
+def wait_for(processes: Sequence[subprocess.Popen[bytes]], what: str, limit_s: float) -> int | None:
     """Until all have ended; which one failed first, or None.
 
     None of them is reaped here: until that is done, nobody else can have its process id or that of its group.
 
     Raises:
-        RunError: `LIMIT_S` went by.
+        RunError: `limit_s` went by.
     """
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + limit_s
     running = set(range(len(processes)))
     while running:
         if time.monotonic() > deadline:
-            raise RunError(f"{what} had not ended after {LIMIT_S:g} s", phase="bench")
+            raise RunError(f"{what} had not ended after {limit_s:g} s", phase="bench")
         for index in sorted(running):
             ended = os.waitid(os.P_PID, processes[index].pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
             if ended is not None and ended.si_status:
