@@ -62,11 +62,13 @@ class Checkpoint:
         step: the version.
         tensors: file stem (`model`, `optimizer`, `own`, …) to tensor name to array.
         state: JSON values.
+        more: writes further files and folders into the checkpoint's folder, which the manifest then covers too.
     """
 
     step: int
     tensors: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    more: Callable[[Path], None] | None = None
 
 
 class CheckpointDamaged(UsageError):
@@ -106,6 +108,9 @@ def write_folder(folder: Path, checkpoint: Checkpoint) -> None:
             write_tensors(file, tensors)
     with _new_file(folder / STATE, files) as file:
         file.write(strict_json(checkpoint.state, "state").encode())
+    if checkpoint.more is not None:
+        checkpoint.more(folder)
+        _enter_others(folder, files)
     manifest = {"format": FORMAT, "step": checkpoint.step, "files": files}
     with _new_file(folder / MANIFEST, {}) as file:
         file.write(strict_json(manifest, "manifest").encode())
@@ -139,6 +144,25 @@ def _new_file(path: Path, files: dict[str, dict[str, Any]]) -> Iterator[HashingF
     files[path.name] = {"sha256": file.sha256, "bytes": file.size}
 
 
+def _enter_others(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Make files and folders durable that somebody else has written, and enter the files into the manifest's."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir():
+            fsync_folder(path)
+        elif name not in files:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            size, sha256 = _hash_file(path)
+            files[name] = {"sha256": sha256, "bytes": size}
+
+
+def file_names(folder: Path) -> set[str]:
+    """All files under a folder, as relative paths; a link counts as a file, wherever it leads."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix() for path in found}
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a folder, once all its files agree with it.
 
@@ -147,7 +171,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     manifest = _read_manifest(folder)
     files = manifest["files"]
-    there = {entry.name for entry in folder.iterdir()} - {MANIFEST}
+    there = file_names(folder) - {MANIFEST}
     for name in sorted(files.keys() - there):
         raise CheckpointDamaged(folder, f"{name}: missing")
     for name in sorted(there - files.keys()):
@@ -171,13 +195,18 @@ def load_folder(folder: Path) -> Checkpoint:
         CheckpointDamaged: names the file.
     """
     manifest = verify(folder)
-    stems = [name.removesuffix(".safetensors") for name in manifest["files"] if name.endswith(".safetensors")]
+    stems = [name.removesuffix(".safetensors") for name in manifest["files"] if _is_ours(name)]
     try:
         tensors = {stem: read_tensors(folder / f"{stem}.safetensors") for stem in stems}
         state = json.loads((folder / STATE).read_bytes())
     except (UsageError, OSError, ValueError) as error:
         raise CheckpointDamaged(folder, str(error)) from error
     return Checkpoint(manifest["step"], tensors, state)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file holds tensors of `Checkpoint.tensors`."""
+    return name.endswith(".safetensors") and "/" not in name
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

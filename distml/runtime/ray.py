@@ -99,7 +99,9 @@ class RayRuntime:
     def build(self, start_weights: Mapping[str, Array] | None) -> Description:
         """Connect to Ray, place the processes and build the task in each."""
         self.quiet.enter_context(diverted_output(Path(self.directory) / "logs" / "ray.log"))
-        self.owns_ray = connect(self.address, self.job)
+        resources = self.job.resources
+        needed = resources.workers * resources.cpus_per_worker
+        self.owns_ray = connect(self.address, needed, self.job.limits.start_s)
         check_resources(self.job, self.owns_ray)
         self.start_weights = start_weights
         self.group = self._place()
@@ -685,10 +687,14 @@ def without_spent(injections: tuple[str, ...], roles: list[str]) -> tuple[str, .
 
 
 # --------------------------------------------------------------------------------------------------------------- ray
-def connect(address: str | None, job: JobSpec) -> bool:
+def connect(address: str | None, cpus: int, start_s: float) -> bool:
     """Connect to a cluster, or start a private Ray; whether it is ours to end.
 
     A private Ray has as many logical CPUs as the job asks for, a token of its own, no dashboard and no usage reports.
+
+    Args:
+        cpus: what the job asks for.
+        start_s: until an existing cluster must have answered.
     """
     if ray.is_initialized():
         return False
@@ -702,21 +708,20 @@ def connect(address: str | None, job: JobSpec) -> bool:
         failed: list[Exception] = []
         started = threading.Thread(target=_init, args=(target, quiet, failed), name=STUCK_THREAD, daemon=True)
         started.start()
-        started.join(job.limits.start_s)
+        started.join(start_s)
         if started.is_alive():
-            raise UsageError(f"the Ray cluster at {target!r} gave no answer for {job.limits.start_s:g} s{TRY_ADDRESS}")
+            raise UsageError(f"the Ray cluster at {target!r} gave no answer for {start_s:g} s{TRY_ADDRESS}")
         if failed:
             text = " ".join(str(failed[0]).split())
             raise UsageError(f"no Ray cluster at {target!r}: {text[:300]}{TRY_ADDRESS}") from failed[0]
         return False
-    needed = job.resources.workers * job.resources.cpus_per_worker
     cores = len(os.sched_getaffinity(0))
-    if needed > cores:
+    if cpus > cores:
         print(
-            f"warning: the job asks for {needed} CPUs, this machine has {cores}; workers will share them",
+            f"warning: the job asks for {cpus} CPUs, this machine has {cores}; workers will share them",
             file=sys.stderr,
         )
-    ray.init(num_cpus=needed, include_dashboard=False, object_store_memory=object_store_bytes(), **quiet)
+    ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=object_store_bytes(), **quiet)
     return True
 
 
