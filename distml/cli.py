@@ -309,30 +309,47 @@ def export(
     return code
 
 
+def _integers(option: str, texts: list[str]) -> list[int]:
+    """The numbers that a repeatable option names, also several at once with commas between them."""
+    from distml.errors import UsageError
+
+    entries = [entry for text in texts for entry in text.split(",")]
+    for entry in entries:
+        if not entry.strip().lstrip("-").isdecimal():
+            raise UsageError(f"{option} {entry!r} is not a whole number; give for example {option} 1,2")
+    return [int(entry) for entry in entries]
+
+
 @app.command()
 @_verb
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The measurement: exchange, loop or start.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The measurement: exchange, loop, rl or start.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     repeats: Annotated[int | None, typer.Option(help="Of each contender; they take turns.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="exchange: parameters, 0.1M, 4.2M or 25M; repeatable.")] = None,
-    workers: Annotated[list[int] | None, typer.Option(help="exchange: how many, for example 2; repeatable.")] = None,
+    workers: Annotated[
+        list[str] | None, typer.Option(metavar="N,N", help="exchange, rl: how many, for example 1,2,4; repeatable.")
+    ] = None,
     optimizer: Annotated[list[str] | None, typer.Option(help="exchange: sgd or adam; repeatable.")] = None,
     contenders: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME", help="exchange: only these, for example compute,ddp,all_reduce.")
+        str | None, typer.Option(metavar="NAME,NAME", help="exchange, rl: only these, for example a3c,sb3_a2c.")
     ] = None,
+    environment: Annotated[str | None, typer.Option(help="rl: cartpole, pendulum or pong.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="rl: how many; each contender trains once with each.")] = None,
+    frames: Annotated[int | None, typer.Option(help="rl: of every contender, instead of its own budget.")] = None,
     full: Annotated[bool, typer.Option("--full", help="exchange: every size, workers and optimizer.")] = False,
     transport: Annotated[str | None, typer.Option(help="exchange: of distml's strategies, as in a spec.")] = None,
     hosts: Annotated[int | None, typer.Option(help="exchange: 2 for two hosts with a link (needs root).")] = None,
     rate: Annotated[str | None, typer.Option(help="exchange: of that link, 1gbit or 100mbit.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="exchange: draw the result, as PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="exchange, rl: draw the result, as PNG.")] = None,
 ) -> int | None:
     """Measure side by side with peers, as ratios from one invocation."""
     from distml.bench import bench_command  # type: ignore[attr-defined, unused-ignore]
 
     names = [name for name in (contenders or "").split(",") if name]
     code: int | None = bench_command(
-        name, json=as_json, plot=plot, repeats=repeats, size=size, workers=workers, optimizer=optimizer,
-        contenders=names, full=full, transport=transport, hosts=hosts, rate=rate,
+        name, json=as_json, plot=plot, repeats=repeats, size=size, workers=_integers("--workers", workers or []),
+        optimizer=optimizer, contenders=names, full=full, transport=transport, hosts=hosts, rate=rate,
+        environment=environment, seeds=seeds, frames=frames,
     )  # fmt: skip
     return code

@@ -2,6 +2,7 @@
 
 exchange    milliseconds per step by how gradients travel, against DDP, Ray Train and a documented parameter server
 loop        the loop's own cost per step, against plain PyTorch doing the same
+rl          frames per second, and frames and seconds to solved, against Stable-Baselines3 and RLlib
 start       seconds from the command to the first update, against Ray Train's
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 from distml.errors import RunError, UsageError
 
-BENCHES = ("exchange", "loop", "start")
+BENCHES = ("exchange", "loop", "rl", "start")
 
 
 def bench_command(name: str, json: bool, plot: Path | None = None, **options: Any) -> int:
