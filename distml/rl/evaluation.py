@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,23 +44,44 @@ def play(
     policy: Policy, environment: EnvironmentSpec, evaluation: EvaluationSpec, part: Part, episodes: Sequence[int],
     greedy: bool,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Returns and lengths [E] of the episodes with these numbers, each in an environment of its own."""
-    if not len(episodes):
-        return np.zeros(0), np.zeros(0)
-    environments = Environments(unclipped(environment), evaluation_seeds(part.split, episodes), together=False)
+    """Returns and lengths [E] of the episodes with these numbers, played by a policy."""
     generator = np.random.default_rng(mix(part.seed, part.index))
     actor, distribution = build_actor(policy, part.device), policy.distribution
     actor.refresh()
+    state = actor.initial_state(len(episodes))
+
+    def act(observations: Array, resets: Array) -> Array:
+        nonlocal state
+        parameters, state = actor.act(observations, state, resets)
+        actions = distribution.mode(parameters) if greedy else distribution.sample(parameters, generator)
+        return distribution.to_environment(actions)
+
+    return play_by(act, unclipped(environment), evaluation.max_frames, part.split, episodes)
+
+
+def play_by(
+    act: Callable[[Array, Array], Array], environment: EnvironmentSpec, max_frames: int, split: str,
+    episodes: Sequence[int],
+) -> tuple[Array, Array]:  # fmt: skip
+    """Returns and lengths [E] of the episodes with these numbers, each in an environment of its own.
+
+    Args:
+        act: from observations [E, *O] and whether each is an episode's first [E] to actions as environments take them.
+        environment: what is played.
+        max_frames: of an episode.
+        split: whose seeds.
+        episodes: numbers of episodes, of which seeds follow.
+    """
+    if not len(episodes):
+        return np.zeros(0), np.zeros(0)
+    environments = Environments(environment, evaluation_seeds(split, episodes), together=False)
     num_envs = environments.num_envs
     returns, lengths = np.zeros(num_envs), np.zeros(num_envs)
     plays, resets = np.ones(num_envs, dtype=bool), np.ones(num_envs, dtype=bool)
-    state = actor.initial_state(num_envs)
     with contextlib.closing(environments):
         observations = environments.reset()
-        for _ in range(evaluation.max_frames):
-            parameters, state = actor.act(observations, state, resets)
-            actions = distribution.mode(parameters) if greedy else distribution.sample(parameters, generator)
-            transition = environments.step(distribution.to_environment(actions))
+        for _ in range(max_frames):
+            transition = environments.step(act(observations, resets))
             observations, resets = transition.observations, np.zeros(num_envs, dtype=bool)
             returns += np.where(plays, transition.rewards, 0.0)
             lengths += plays

@@ -17,6 +17,7 @@ from distml.spec.rl import (
     TRPOSpec,
 )
 from distml.spec.schema import JobSpec, SGDSpec
+from distml.spec.tabular import BanditSpec, TabularBlock
 
 STEPS = (("task", "n_steps"), ("batch_size",), ("task", "envs_per_worker"))
 
@@ -34,7 +35,9 @@ def complete(job: JobSpec, batch_given: bool) -> tuple[JobSpec, list[Problem]]:
     task, workers = job.task, job.resources.workers
     if isinstance(task, ReinforceSpec):
         return _episodes(job, task, batch_given)
-    if not isinstance(task, RolloutBlock):
+    if isinstance(task, BanditSpec):
+        return _runs(job, task, batch_given)
+    if not isinstance(task, RolloutBlock | TabularBlock):
         return job, []
     envs, pieces = workers * task.envs_per_worker, task.num_minibatches
     what = f"workers {workers} x envs_per_worker {task.envs_per_worker}"
@@ -78,6 +81,14 @@ def _episodes(job: JobSpec, task: ReinforceSpec, batch_given: bool) -> tuple[Job
     return job.model_copy(update={"batch_size": episodes}), []
 
 
+def _runs(job: JobSpec, task: BanditSpec, batch_given: bool) -> tuple[JobSpec, list[Problem]]:
+    if batch_given and job.batch_size != task.runs:
+        return job, [Problem(
+            f"batch_size {job.batch_size} is not task.runs {task.runs}, of which every step plays all; "
+            "leave batch_size out, or change one of them", (("batch_size",), ("task", "runs")))]  # fmt: skip
+    return job.model_copy(update={"batch_size": task.runs}), []
+
+
 def check_acting(job: JobSpec, task: ActingBlock) -> Iterator[Problem]:
     """Every rule that a job whose task acts breaks."""
     if job.precision != "fp32":
@@ -118,10 +129,7 @@ def _whole_sequences(task: PPOSpec) -> Iterator[Problem]:
 
 
 def _trpo(job: JobSpec, task: TRPOSpec) -> Iterator[Problem]:
-    optimizer = job.optimizer
-    plain = isinstance(optimizer, SGDSpec) and optimizer.lr == 1.0 and not optimizer.groups
-    rest = (optimizer.weight_decay, optimizer.clip_norm, getattr(optimizer, "momentum", 0), optimizer.schedule.warmup)
-    if not plain or any(rest) or optimizer.schedule.name != "constant":
+    if not _takes_whole_steps(job):
         yield Problem(
             "task trpo finds its steps itself, any other rule would change them; "
             "set optimizer: {name: sgd, lr: 1.0} and nothing else in it",
@@ -139,6 +147,34 @@ def _trpo(job: JobSpec, task: TRPOSpec) -> Iterator[Problem]:
             "set task.policy.trunk: separate",
             (("task", "policy", "trunk"), ("task", "policy")),
         )
+
+
+def _takes_whole_steps(job: JobSpec) -> bool:
+    """Whether an update subtracts the mean gradient as it is."""
+    optimizer = job.optimizer
+    plain = isinstance(optimizer, SGDSpec) and optimizer.lr == 1.0 and not optimizer.groups
+    rest = (optimizer.weight_decay, optimizer.clip_norm, getattr(optimizer, "momentum", 0), optimizer.schedule.warmup)
+    return plain and not any(rest) and optimizer.schedule.name == "constant"
+
+
+def check_bandit(job: JobSpec) -> Iterator[Problem]:
+    """Every rule that a job of the bandit testbed breaks."""
+    if not _takes_whole_steps(job):
+        yield Problem(
+            "task bandit learns sample averages, any other rule would change them; "
+            "set optimizer: {name: sgd, lr: 1.0} and nothing else in it",
+            (("optimizer",), ("task", "name")),
+        )
+    if getattr(job.strategy, "compression", None) is not None:
+        yield Problem(
+            "task bandit learns sample averages, and compressed gradients would round them; "
+            "remove strategy.compression",
+            (("strategy", "compression"),),
+        )
+    if job.precision != "fp32":
+        yield Problem(f"precision {job.precision} would round the sample averages; set fp32", (("precision",),))
+    if job.stop.epochs is not None:
+        yield Problem("stop.epochs needs a dataset, and task bandit plays; set stop.steps", (("stop", "epochs"),))
 
 
 def _reinforce(task: ReinforceSpec) -> Iterator[Problem]:

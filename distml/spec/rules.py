@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from distml.spec.matrix import refusal
 from distml.spec.messages import Problem
 from distml.spec.rl import ActingBlock
-from distml.spec.rl_rules import check_acting
+from distml.spec.rl_rules import check_acting, check_bandit
 from distml.spec.schema import (
     JobSpec,
     OwnTaskSpec,
@@ -18,6 +18,7 @@ from distml.spec.schema import (
     SingleSpec,
     StrategyBlock,
 )
+from distml.spec.tabular import BanditSpec
 
 MAX_SERVERS = 64
 
@@ -45,6 +46,8 @@ def check_rules(job: JobSpec, own_needs: frozenset[str] | None = None) -> Iterat
     yield from _inline(job)
     if isinstance(job.task, ActingBlock):
         yield from check_acting(job, job.task)
+    if isinstance(job.task, BanditSpec):
+        yield from check_bandit(job)
 
 
 def _strategy(job: JobSpec) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ from distml.spec.base import (
     own_or_name,
 )
 from distml.spec.rl import ActorCriticSpec, PPOSpec, ReinforceSpec, TRPOSpec
+from distml.spec.tabular import BanditSpec, QLearningSpec, SarsaSpec
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -78,6 +79,9 @@ TaskSpec = Annotated[
     | Annotated[ReinforceSpec, Tag("reinforce")]
     | Annotated[PPOSpec, Tag("ppo")]
     | Annotated[TRPOSpec, Tag("trpo")]
+    | Annotated[QLearningSpec, Tag("q_learning")]
+    | Annotated[SarsaSpec, Tag("sarsa")]
+    | Annotated[BanditSpec, Tag("bandit")]
     | Annotated[OwnTaskSpec, Tag(OWN)],
     Discriminator(own_or_name),
 ]

@@ -13,6 +13,7 @@ from distml.spec.base import ALL_OFFERS
 from distml.spec.matrix import refusal
 from distml.spec.rl import ActorCriticSpec
 from distml.spec.schema import ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec, StrategyBlock
+from distml.spec.tabular import BanditSpec, QLearningSpec, TabularBlock
 from distml.tasks.base import Task
 
 PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
@@ -38,6 +39,14 @@ def build_task(job: JobSpec) -> Task:
         from distml.rl.actor_critic import ActorCritic
 
         return ActorCritic(spec, job.limits.max_restarts)
+    if isinstance(spec, TabularBlock):
+        from distml.rl.tabular import QLearning, Sarsa
+
+        return QLearning(spec) if isinstance(spec, QLearningSpec) else Sarsa(spec)
+    if isinstance(spec, BanditSpec):
+        from distml.rl.bandit import Bandit
+
+        return Bandit(spec, job.seed)
     from distml.tasks.classification import Classification
 
     assert isinstance(spec, ClassificationSpec)

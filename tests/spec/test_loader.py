@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from distml.errors import UsageError
+from distml.spec.jobs import shipped_jobs
 from distml.spec.loader import load_spec
 from distml.spec.schema import AdamWSpec, AllReduceSpec, BestSpec, CNNSpec, JobSpec, MLPSpec, OwnTaskSpec
 
@@ -81,7 +82,8 @@ WHOLE = {
     "unknown task": (
         HEAD + "task: classificatoin\nstop: {steps: 1}\n",
         "3:7",
-        "unknown task 'classificatoin'; did you mean 'classification'? (known: classification, regression, module:Class)",
+        "unknown task 'classificatoin'; did you mean 'classification'? (known: classification, regression, actor_critic, "
+        "reinforce, ppo, trpo, q_learning, sarsa, bandit, module:Class)",
     ),
     "task in a block": (HEAD + "task: {name: x}\nstop: {steps: 1}\n", "3:14", "unknown task 'x'; known: classification"),
     "task's name a number": (HEAD + "task: {name: 5}\nstop: {steps: 1}\n", "3:14", "task.name must be a string, got 5"),
@@ -197,7 +199,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     for source, phrase in [
         ("digitz.yaml", "digitz.yaml: no such file; did you mean 'digits.yaml'?"),
         ("digits-singel", "digits-singel: no such file; did you mean 'digits-single'?"),
-        ("qqqq", "qqqq: no such file; shipped jobs: digits-all-reduce"),
+        ("qqqq", f"qqqq: no such file; shipped jobs: {', '.join(shipped_jobs())}"),
         ("folder", "folder: is a directory"),
         ("x" * 5000, "not a path: "),
         ("a\0b", r"a\x00b: "),
