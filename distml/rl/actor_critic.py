@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from distml.rl.on_policy import OnPolicyTask, estimate, masked_sum, policy_age, standardised
+from distml.rl.on_policy import OnPolicyTask, estimate, masked_sum, mean_of, policy_age, standardised
 from distml.rl.policies import Policy
 from distml.rl.rollout import Collector, Rollout
 from distml.spec.rl import ActorCriticSpec
-from distml.tasks.base import Loss, Mean, Progress
+from distml.tasks.base import Loss, Progress
 
 
 class ActorCritic(OnPolicyTask[ActorCriticSpec]):
@@ -37,9 +37,9 @@ class ActorCritic(OnPolicyTask[ActorCriticSpec]):
         entropy = masked_sum(entropies, valid)
         total = policy_loss + spec.value_coefficient * value_loss - spec.entropy * entropy
         metrics = {
-            "policy_loss": Mean(float(policy_loss), count),
-            "value_loss": Mean(float(value_loss), count),
-            "entropy": Mean(float(entropy), count),
+            "policy_loss": mean_of(policy_loss, count),
+            "value_loss": mean_of(value_loss, count),
+            "entropy": mean_of(entropy, count),
             **policy_age(batch, progress, count),
             **batch.metrics,
         }

@@ -118,6 +118,11 @@ def masked_sum(values: Tensor, valid: Tensor) -> Tensor:
     return values.masked_fill(~valid, 0.0).sum()
 
 
+def mean_of(total: Tensor, count: float) -> Mean:
+    """A sum over `count` rows, for the metrics."""
+    return Mean(float(total.detach()), count)
+
+
 def policy_age(rollout: Rollout, progress: Progress, count: float) -> dict[str, Mean]:
     """How many versions older than the weights that are trained those were that acted."""
     return {"rl/policy_age_mean": Mean(float(progress.version - rollout.version) * count, count)}

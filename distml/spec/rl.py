@@ -84,6 +84,7 @@ class MLPPolicySpec(PolicyBlock):
     """Fully connected layers."""
 
     name: Literal["mlp"]
+    trunk: Literal["shared", "separate"] = Field("separate", description="whether actor and critic share hidden layers")
     hidden: list[Count] = Field([64, 64], description="width of each hidden layer")
     activation: Literal["tanh", "relu"] = "tanh"
 
