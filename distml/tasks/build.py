@@ -7,16 +7,24 @@ import inspect
 import os
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from distml.errors import UsageError
 from distml.spec.base import ALL_OFFERS
 from distml.spec.matrix import refusal
-from distml.spec.rl import ActorCriticSpec
+from distml.spec.rl import ActingTaskSpecs, ActorCriticSpec, OnPolicyBlock, PPOSpec
 from distml.spec.schema import ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec, StrategyBlock
 from distml.spec.tabular import BanditSpec, QLearningSpec, TabularBlock
 from distml.tasks.base import Task
 
+if TYPE_CHECKING:
+    from distml.rl.on_policy import OnPolicyTask
+
 PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
+ON_POLICY: dict[type[OnPolicyBlock], tuple[str, str]] = {  # imported only when one is built
+    ActorCriticSpec: ("distml.rl.actor_critic", "ActorCritic"),
+    PPOSpec: ("distml.rl.ppo", "PPO"),
+}
 
 
 def build_task(job: JobSpec) -> Task:
@@ -35,10 +43,10 @@ def build_task(job: JobSpec) -> Task:
         from distml.tasks.regression import Regression
 
         return Regression(spec.features, spec.rows, spec.noise, split_seed=job.seed)
-    if isinstance(spec, ActorCriticSpec):
-        from distml.rl.actor_critic import ActorCritic
-
-        return ActorCritic(spec, job.limits.max_restarts)
+    if isinstance(spec, ActingTaskSpecs):
+        module_name, class_name = ON_POLICY[type(spec)]
+        acting: type[OnPolicyTask[Any]] = getattr(importlib.import_module(module_name), class_name)
+        return acting(spec, job.limits.max_restarts)
     if isinstance(spec, TabularBlock):
         from distml.rl.tabular import QLearning, Sarsa
 
