@@ -74,27 +74,27 @@ class TorchActor(Actor):
 
 
 class NumpyActor(Actor):
-    """A policy that `is_plain`, in NumPy."""
+    """A policy that `is_plain`, in NumPy; environments are columns, so that weights are read as they lie in memory."""
 
     def __init__(self, policy: FeedForwardPolicy) -> None:
         assert isinstance(policy.encoding, VectorEncoding | OneHotEncoding)
         self.policy, self.encode = policy, policy.encoding.array
         bodies = (policy.trunk, policy.policy.body)
         self.dense = [body for body in bodies if isinstance(body, Dense)]
-        self.buffers: list[Array] = []
+        self.num_envs, self.buffers = 0, list[Array]()
         self.refresh()
 
     def refresh(self) -> None:
-        """Look the weights up: views of the parameters' storage [F, D] as [D, F], and what is normalised with."""
+        """Look up the weights (views of the parameters' storage) and what is normalised with."""
         self.layers = [
-            (_view(layer.weight).T, _view(layer.bias), NUMPY_ACTIVATIONS[body.activation])
+            (_view(layer.weight), _column(layer.bias), NUMPY_ACTIVATIONS[body.activation])
             for body in self.dense
             for layer in body.layers
             if isinstance(layer, nn.Linear)
         ]
         branch = self.policy.policy
-        self.weight, self.bias = _view(branch.output.weight).T, _view(branch.output.bias)
-        self.log_std = None if branch.log_std is None else _view(branch.log_std)
+        self.weight, self.bias = _view(branch.output.weight), _column(branch.output.bias)
+        self.log_std = None if branch.log_std is None else _column(branch.log_std)
         moments = self.policy.observation_moments
         self.moments = None if moments is None else (_view(moments.frozen_mean), _view(moments.frozen_scale))
 
@@ -103,18 +103,20 @@ class NumpyActor(Actor):
 
     def act(self, observations: Array, state: State, resets: Array) -> tuple[Array, State]:
         num_envs = len(observations)
-        if not self.buffers or len(self.buffers[0]) != num_envs:
-            self.buffers = [np.empty((num_envs, len(bias)), np.float32) for _, bias, _ in self.layers]
-        values = self.encode(observations if self.moments is None else self._normalised(observations, *self.moments))
+        if self.num_envs != num_envs:
+            self.num_envs = num_envs
+            self.buffers = [np.empty((len(bias), num_envs), np.float32) for _, bias, _ in self.layers]
+        seen = observations if self.moments is None else self._normalised(observations, *self.moments)
+        values = self.encode(seen).T
         for (weight, bias, activate), buffer in zip(self.layers, self.buffers, strict=True):
-            np.matmul(values, weight, out=buffer)
+            np.matmul(weight, values, out=buffer)
             np.add(buffer, bias, out=buffer)
             values = activate(buffer)
-        outputs: Array = values @ self.weight
+        outputs: Array = self.weight @ values
         outputs += self.bias
-        if self.log_std is None:
-            return outputs, state
-        return np.concatenate((outputs, np.broadcast_to(self.log_std, outputs.shape)), -1), state
+        if self.log_std is not None:
+            outputs = np.concatenate((outputs, np.broadcast_to(self.log_std, outputs.shape)))
+        return np.ascontiguousarray(outputs.T), state
 
     def _normalised(self, observations: Array, mean: Array, scale: Array) -> Array:
         moments = self.policy.observation_moments
@@ -152,3 +154,8 @@ def _is_altered(module: nn.Module) -> bool:
 def _view(tensor: Tensor) -> Array:
     array: Array = tensor.detach().numpy()
     return array
+
+
+def _column(vector: Tensor) -> Array:
+    column: Array = _view(vector)[:, None]
+    return column

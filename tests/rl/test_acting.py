@@ -27,7 +27,7 @@ ACTIONS = {"discrete": TWO, "box": spaces.Box(-1.0, 1.0, (3,)), "multi": spaces.
 
 
 def mlp(**keys) -> MLPPolicySpec:
-    return MLPPolicySpec(**{"name": "mlp", "hidden": [16, 8]} | keys)
+    return MLPPolicySpec(**{"name": "mlp", "hidden": [16, 8], "trunk": "shared"} | keys)
 
 
 def built(spec: PolicySpec, space: spaces.Space = VECTOR, actions: spaces.Space = TWO, **normalise) -> Policy:

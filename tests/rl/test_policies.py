@@ -27,15 +27,15 @@ OBSERVATIONS = {
 ACTIONS = {
     "discrete": spaces.Discrete(3), "box": spaces.Box(-1.0, 1.0, (2,)), "multi": spaces.MultiDiscrete([2, 3]),
 }  # fmt: skip
-SMALL_CNN = {"name": "cnn", "channels": [4, 8], "kernels": [4, 3], "strides": [2, 2], "hidden": 16}
+SMALL_CNN = {"name": "cnn", "trunk": "shared", "channels": [4, 8], "kernels": [4, 3], "strides": [2, 2], "hidden": 16}
 
 
 def mlp(**keys) -> MLPPolicySpec:
-    return MLPPolicySpec(**{"name": "mlp", "hidden": [16, 8]} | keys)
+    return MLPPolicySpec(**{"name": "mlp", "hidden": [16, 8], "trunk": "shared"} | keys)
 
 
 def recurrent(**keys) -> RecurrentPolicySpec:
-    return RecurrentPolicySpec(**{"name": "lstm", "hidden": [8], "units": 6} | keys)
+    return RecurrentPolicySpec(**{"name": "lstm", "hidden": [8], "units": 6, "trunk": "shared"} | keys)
 
 
 def own(name: str, **args) -> OwnPolicySpec:
@@ -145,7 +145,7 @@ def test_images_are_scaled_and_their_channels_found():
 
 def test_the_default_is_the_nature_network():
     space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    policy = build_policy(CNNPolicySpec(name="cnn"), space, spaces.Discrete(6))
+    policy = build_policy(CNNPolicySpec(name="cnn", trunk="shared"), space, spaces.Discrete(6))
     assert policy.trunk.hidden.weight.shape == (512, 64 * 7 * 7)
     assert sum(p.numel() for p in policy.trunk.parameters()) == 1_684_128  # 8,224 + 32,832 + 36,928 + 1,606,144
 
