@@ -178,7 +178,7 @@ class Memory(nn.Module):
 
     def initial_state(self, num_envs: int) -> State:
         """Zeros [E, F], one or two of them."""
-        zeros = torch.zeros(num_envs, self.size, device=next(self.parameters()).device)
+        zeros = next(self.parameters()).new_zeros(num_envs, self.size)
         return (zeros,) * self.num_states
 
     def forward(self, inputs: Tensor, state: State, resets: Tensor) -> tuple[Tensor, State]:

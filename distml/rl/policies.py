@@ -94,7 +94,8 @@ class FeedForwardPolicy(Policy):
 
     def features(self, observations: Tensor) -> Tensor:
         """[B, F] of observations [B, *O]."""
-        features: Tensor = self.trunk(self.encoding.tensor(self.normalised(observations)))
+        encoded = self.encoding.tensor(self.normalised(observations)).to(self.policy.output.weight.dtype)
+        features: Tensor = self.trunk(encoded)
         return features
 
     def forward(self, observations: Tensor, state: State, resets: Tensor) -> tuple[Tensor, Tensor, State]:
@@ -130,6 +131,7 @@ class RecurrentPolicy(Policy):
         """Each memory's features [T, E, F] of observations [T, E, *O], and the state after them."""
         rows = observations.shape[:2]
         encoded = self.encoding.tensor(self.normalised(observations.flatten(0, 1))).unflatten(0, rows)
+        encoded = encoded.to(self.policy.output.weight.dtype)
         features, after, first = [], (), 0
         for memory in self.memories:
             own = state[first : first + memory.num_states]

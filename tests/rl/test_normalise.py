@@ -8,6 +8,7 @@ import pytest
 import torch
 from gymnasium.wrappers.vector import NormalizeReward
 
+from distml.exchange.flat import Carried
 from distml.rl.normalise import EPSILON, RewardScaler, RunningMoments
 
 SHAPES = [(), (3,), (2, 3)]
@@ -119,6 +120,35 @@ def test_sums_survive_a_change_of_the_base(rebased):
     together = np.concatenate([own, theirs])
     is_exact = np.allclose(moments_of(module)[2], together.var(0), rtol=1e-12)
     assert is_exact == rebased
+
+
+def test_asynchronous_workers_fold_each_others_sums_in_one_order():
+    generator = np.random.default_rng(0)
+    workers = [RunningMoments((3,)) for _ in range(3)]
+    carried, seen = [Carried(worker) for worker in workers], []
+    sent: list[tuple] = []  # in the clock's order: the base that sums are relative to, and the sums
+    read = [0, 0, 0]
+    for _ in range(60):
+        rank = int(generator.integers(3))
+        rows = data(int(generator.integers(1, 9)), (3,), seed=len(seen), offset=5.0 * rank)
+        workers[rank].update(rows)
+        seen.append(rows)
+        if generator.random() < 0.5:
+            sent.append((carried[rank].base_vector().numpy(), carried[rank].take_sums().numpy()))
+        if generator.random() < 0.5:
+            carried[rank].fold(None, sent[read[rank] :])
+            read[rank] = len(sent)
+    for rank in range(3):
+        sent.append((carried[rank].base_vector().numpy(), carried[rank].take_sums().numpy()))
+    for rank in range(3):
+        carried[rank].fold(None, sent[read[rank] :])
+    together = np.concatenate(seen)
+    for worker in workers:
+        assert all(torch.equal(*pair) for pair in zip(worker.buffers(), workers[0].buffers(), strict=True))
+        count, mean, variance = moments_of(worker)
+        assert count == len(together)
+        np.testing.assert_allclose(mean, together.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(variance, together.var(0), rtol=1e-12)
 
 
 def test_what_is_frozen_stays_until_it_is_frozen_anew():

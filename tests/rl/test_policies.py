@@ -251,6 +251,17 @@ def test_weights_that_move_are_followed():
         assert before.any()
 
 
+@pytest.mark.parametrize("spec", [mlp(), recurrent()], ids=["mlp", "lstm"])
+def test_in_float64_it_computes_the_same_with_more_digits(spec):
+    policy = build_policy(spec, VECTOR, ACTIONS["box"])
+    observations = observations_of(VECTOR)
+    single = run(policy, observations)
+    policy.double()
+    double = run(policy, observations)
+    assert double[1].dtype == torch.float64
+    torch.testing.assert_close(double[1].float(), single[1])
+
+
 # -------------------------------------------------------------------------------------------------------- normalisation
 @pytest.mark.parametrize("spec", [mlp(), recurrent()], ids=["mlp", "lstm"])
 def test_observations_are_normalised_with_what_is_frozen(spec):
