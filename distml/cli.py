@@ -337,6 +337,9 @@ def bench(
     environment: Annotated[str | None, typer.Option(help="rl: cartpole, pendulum or pong.")] = None,
     seeds: Annotated[int | None, typer.Option(help="rl: how many; each contender trains once with each.")] = None,
     frames: Annotated[int | None, typer.Option(help="rl: of every contender, instead of its own budget.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="rl: laid over the specs of our jobs.")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="exchange: every size, workers and optimizer.")] = False,
     transport: Annotated[str | None, typer.Option(help="exchange: of distml's strategies, as in a spec.")] = None,
     hosts: Annotated[int | None, typer.Option(help="exchange: 2 for two hosts with a link (needs root).")] = None,
@@ -350,6 +353,6 @@ def bench(
     code: int | None = bench_command(
         name, json=as_json, plot=plot, repeats=repeats, size=size, workers=_integers("--workers", workers or []),
         optimizer=optimizer, contenders=names, full=full, transport=transport, hosts=hosts, rate=rate,
-        environment=environment, seeds=seeds, frames=frames,
+        environment=environment, seeds=seeds, frames=frames, overrides=overrides,
     )  # fmt: skip
     return code

@@ -40,7 +40,8 @@ def bench_command(name: str, json: bool, plot: Path | None = None, **options: An
     if plot is not None and not hasattr(module, "draw"):
         unknown.append("plot")
     if unknown:
-        raise UsageError(f"distml bench {name} has no option --{unknown[0]}; see distml bench --help")
+        option = {"overrides": "set"}.get(unknown[0], unknown[0])
+        raise UsageError(f"distml bench {name} has no option --{option}; see distml bench --help")
     if plot is not None and not plot.absolute().parent.is_dir():
         raise UsageError(f"there is no folder {plot.absolute().parent} for --plot")
     report = module.measure(**given)

@@ -22,7 +22,7 @@ from typing import Any
 from distml.bench import rl_figure
 from distml.bench.contenders import terminable
 from distml.bench.exchange import check, in_turn, target_line, tell
-from distml.bench.rl_contenders import SUITES, Contender, Suite, missing, train
+from distml.bench.rl_contenders import SUITES, Ask, Contender, Suite, missing, train
 from distml.bench.rl_kept import EPISODES, EVERY, Kept, first_solved
 from distml.bench.table import cells, conditions, summary
 from distml.bench.timing import ProcessTimes, Sampler
@@ -34,7 +34,7 @@ Measured = Mapping[str, Any]
 
 def measure(
     *, environment: str = "cartpole", contenders: Sequence[str] = (), seeds: int | None = None,
-    frames: int | None = None, workers: Sequence[int] = (),
+    frames: int | None = None, workers: Sequence[int] = (), overrides: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Let the contenders take turns.
 
@@ -44,6 +44,7 @@ def measure(
         seeds: how many; each contender trains once with each.
         frames: of every contender; None: what its job or its project gives.
         workers: of A3C. With several it is measured with each of them, against the paper's speed-ups.
+        overrides: `KEY=VALUE` texts, laid over the specs of our jobs.
 
     Raises:
         UsageError: there is no such environment or contender, or a number is not possible.
@@ -56,8 +57,9 @@ def measure(
     chosen = {name: one for name, one in suite.contenders.items() if name in (contenders or suite.contenders)}
     if workers:
         chosen = with_workers(chosen if contenders or len(workers) == 1 else {"a3c": chosen["a3c"]}, workers)
-    about = conditions(environment=suite.environment, seeds=seeds, frames=frames, torch_threads=1)
-    found, errors, skipped = measure_all(suite, chosen, seeds, frames)
+    about = conditions(environment=suite.environment, seeds=seeds, frames=frames, torch_threads=1,
+                       overrides=list(overrides))  # fmt: skip
+    found, errors, skipped = measure_all(suite, chosen, seeds, Ask(frames, tuple(overrides)))
     report = {"bench": "rl", "environment": environment, "threshold": suite.threshold, "returns": suite.returns,
               "conditions": about, "contenders": found, "errors": errors, "skipped": skipped}  # fmt: skip
     return {**report, "targets": targets(environment, found)}
@@ -92,7 +94,7 @@ def with_workers(chosen: Mapping[str, Contender], workers: Sequence[int]) -> dic
 
 # ------------------------------------------------------------------------------------------------------------ measuring
 def measure_all(
-    suite: Suite, chosen: Mapping[str, Contender], seeds: int, frames: int | None
+    suite: Suite, chosen: Mapping[str, Contender], seeds: int, ask: Ask
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[str, str]]:
     """What was found of each contender, why others failed, and what others would need."""
     skipped = {one.label: needs for one in chosen.values() if (needs := missing(one)) is not None}
@@ -108,7 +110,7 @@ def measure_all(
                 if one.label in errors:
                     continue
                 try:
-                    runs[name].append(one_run(suite, one, index + 1, frames, sampler))
+                    runs[name].append(one_run(suite, one, replace(ask, seed=index + 1), sampler))
                 except (RunError, UsageError) as error:
                     errors[one.label] = str(error)
                     tell(f"{one.label}: {error}")
@@ -116,15 +118,15 @@ def measure_all(
     return found, errors, skipped
 
 
-def one_run(suite: Suite, one: Contender, seed: int, frames: int | None, sampler: Sampler) -> dict[str, Any]:
+def one_run(suite: Suite, one: Contender, ask: Ask, sampler: Sampler) -> dict[str, Any]:
     """Train, then evaluate all that was kept."""
     with tempfile.TemporaryDirectory(prefix="distml-bench-") as folder:
         started = time.monotonic()
-        kept = train(suite, one, seed, frames, Path(folder))
+        kept = train(suite, one, ask, Path(folder))
         ended = time.monotonic()
     run = numbers(kept, kept.returns(suite.environment), suite.threshold)
-    run |= {"seed": seed, "others_cpus": sampler.grown("others_s", started, ended) / (ended - started)}
-    tell(f"seed {seed}, {one.label}: {run_line(run)}")
+    run |= {"seed": ask.seed, "others_cpus": sampler.grown("others_s", started, ended) / (ended - started)}
+    tell(f"seed {ask.seed}, {one.label}: {run_line(run)}")
     return run
 
 
@@ -249,6 +251,7 @@ def tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
         *(f"{label} failed: {error}" for label, error in report["errors"].items()),
         *(f"{label} was left out: {needs}" for label, needs in report["skipped"].items()),
         *closing(report),
+        *(f"our jobs with --set {text}" for text in about["overrides"]),
     ]
     made = [(title, header, [row(one, peer) for one in found.values()], lines)]
     scaled = [one for name, one in found.items() if name.startswith("a3c_")]

@@ -20,7 +20,7 @@ from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda
 
 START_S, SLOWEST_FRAMES_PER_S = 180.0, 100.0
-CLASSES = {"actor_critic": "KeepingActorCritic"}
+CLASSES = {"actor_critic": "KeepingActorCritic", "ppo": "KeepingPPO"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,21 @@ class Contender:
     peer: tuple[str, str] | None = None
     package: str | None = None
     workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How a contender is to train.
+
+    Attributes:
+        frames: budget; None: the contender's own.
+        overrides: laid over the specs of our jobs.
+        seed: of everything drawn.
+    """
+
+    frames: int | None = None
+    overrides: tuple[str, ...] = ()
+    seed: int = 1
 
 
 @dataclass(frozen=True)
@@ -105,29 +120,27 @@ def missing(contender: Contender) -> str | None:
     return f"needs {contender.package}, which is not installed; install distml[bench]"
 
 
-def train(suite: Suite, contender: Contender, seed: int, frames: int | None, folder: Path) -> Kept:
+def train(suite: Suite, contender: Contender, ask: Ask, folder: Path) -> Kept:
     """Run a contender to its end; what it has kept.
 
     Args:
         suite: what is learned.
         contender: who trains.
-        seed: of everything drawn.
-        frames: budget; None: the contender's own.
+        ask: how.
         folder: for its files.
 
     Raises:
         UsageError: its job does not exist, or cannot have this many workers.
         RunError: one of its processes failed, took too long, or kept too little.
     """
-    path = folder / "kept.npz"
+    path, frames = folder / "kept.npz", ask.frames or contender.frames
     if contender.job is not None:
-        spec, frames = write_spec(contender, seed, frames or contender.frames, path)
+        spec, frames = write_spec(contender, ask, path)
         arguments = ["-m", "distml", "run", str(spec), "--out", str(folder / "run"), "--runtime", "ray"]
     else:
         assert contender.peer is not None
-        frames = frames or contender.frames
         module, algorithm = contender.peer
-        config = {"algorithm": algorithm, "environment": suite.environment, "frames": frames, "seed": seed,
+        config = {"algorithm": algorithm, "environment": suite.environment, "frames": frames, "seed": ask.seed,
                   "every": EVERY, "path": str(path), "atari": atari(suite)}  # fmt: skip
         arguments = ["-m", f"distml.bench.rl_peers.{module}", json.dumps(config)]
     assert frames is not None
@@ -149,17 +162,18 @@ def atari(suite: Suite) -> dict[str, Any] | None:
     return {"id": block.environment.id, **block.environment.args}
 
 
-def write_spec(contender: Contender, seed: int, frames: int | None, path: Path) -> tuple[Path, int]:
+def write_spec(contender: Contender, ask: Ask, path: Path) -> tuple[Path, int]:
     """The shipped job with a task that keeps its weights, in the folder of `path`; and how many frames it takes.
 
-    Nothing else differs but the budget, the seed, and that it neither evaluates nor writes checkpoints on the way. Only
-    where observations are normalised its (empty) evaluations stay, because workers' statistics are merged at them.
+    Nothing else differs but the overrides, the budget, the seed, and that it neither evaluates nor writes checkpoints
+    on the way. Only where observations are normalised its (empty) evaluations stay, because workers' statistics are
+    merged at them.
     """
-    overrides: dict[str, Any] = {"seed": seed}
+    overrides = [*ask.overrides, f"seed={ask.seed}"]
     if contender.workers is not None:
-        overrides["resources.workers"] = contender.workers
-    if frames is not None:
-        overrides["stop.frames"] = frames
+        overrides.append(f"resources.workers={contender.workers}")
+    if frames := ask.frames or contender.frames:
+        overrides.append(f"stop.frames={frames}")
     job = load_spec(str(contender.job), overrides).job
     assert isinstance(job, JobSpec)
     assert isinstance(job.task, OnPolicyBlock)

@@ -45,10 +45,14 @@ def as_arrays(layers: Sequence[tuple[Any, Any]], moments: tuple[Any, Any] | None
     """
     found = {}
     for index, (weight, bias) in enumerate(layers):
-        found[f"weight-{index}"], found[f"bias-{index}"] = np.array(weight, np.float32), np.array(bias, np.float32)
+        found[f"weight-{index}"], found[f"bias-{index}"] = _copied(weight), _copied(bias)
     if moments is not None:
-        found["mean"], found["std"] = np.array(moments[0], np.float32), np.array(moments[1], np.float32)
+        found["mean"], found["std"] = _copied(moments[0]), _copied(moments[1])
     return found
+
+
+def _copied(values: Any) -> Array:
+    return np.array(np.asarray(values), np.float32)
 
 
 class Keeper:

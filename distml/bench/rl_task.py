@@ -19,7 +19,8 @@ from distml.bench.rl_kept import RETURN, Arrays, Keeper, as_arrays
 from distml.rl.actor_critic import ActorCritic
 from distml.rl.on_policy import OnPolicyTask
 from distml.rl.policies import FeedForwardPolicy
-from distml.spec.rl import ActorCriticSpec, CNNPolicySpec, MLPPolicySpec, OnPolicyBlock
+from distml.rl.ppo import PPO
+from distml.spec.rl import ActorCriticSpec, CNNPolicySpec, MLPPolicySpec, OnPolicyBlock, PPOSpec
 from distml.tasks.base import Mean, Part, Progress, Stream
 
 EPISODES_SEEN = 100
@@ -108,3 +109,9 @@ class KeepingActorCritic(Keeping, ActorCritic):
     """A3C and A2C."""
 
     spec_class = ActorCriticSpec
+
+
+class KeepingPPO(Keeping, PPO):
+    """PPO."""
+
+    spec_class = PPOSpec
