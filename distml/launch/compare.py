@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from distml.errors import DistmlError, ExitCode, UsageError
-from distml.launch.run import Result, run
+from distml.launch.run import BUDGETS, Result, run
 from distml.runs.display import SilentDisplay, make_display
 from distml.runs.report import compare as compare_runs
 from distml.runs.units import duration, number
@@ -191,9 +191,7 @@ def run_one(source: str, one: Variation, overrides: Sequence[str], out: Path, he
         laid_over.append("resources.workers=1")
     job = load_spec(source, laid_over).job
     terminal = sys.stdout.isatty()
-    budgets = (("steps", job.stop.steps), ("examples", job.stop.examples), ("epochs", job.stop.epochs),
-               ("frames", job.stop.frames), ("seconds", job.stop.seconds))  # fmt: skip
-    budget = ", ".join(f"{value:g} {unit}" for unit, value in budgets if value)
+    budget = ", ".join(f"{value:g} {unit}" for unit, value in job.stop if unit in BUDGETS and value)
     display = make_display(True, one.label, budget) if terminal else NotesDisplay(head)
     with display:
         return run(source, laid_over, out=out / f"{job.name}-{one.label}", runtime=runtime, display=display)

@@ -25,7 +25,9 @@ from distml.runs.directory import Result as ResultRecord
 from distml.runs.directory import RunDirectory
 from distml.runs.files import finite, strict_json
 from distml.runs.units import number
-from distml.spec.loader import load_spec
+from distml.runtime.authentication import prepare_authentication
+from distml.spec.loader import load_spec, load_train
+from distml.spec.rllib import RLlibSpec
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda, Spent
 from distml.strategies.base import seed_everything
@@ -74,7 +76,7 @@ def load_model(run: Path | str, report: Report | None = None) -> TrainedModel:
     directory = RunDirectory.view(run)
     if directory.read_spec_text() is None:
         raise UsageError(f"{directory.path} has no spec.yaml, so its task is not known")
-    loaded = load_spec(directory.spec)
+    loaded = load_train(directory.spec)
     checkpoint = best_checkpoint(directory, report or _to_stderr)
     sources = SourceTree.collect(loaded.job.task, loaded.directory)
     sources.install()
@@ -178,14 +180,29 @@ def evaluate_command(run: Path, split: str) -> int:
     """
     if split not in PREFIXES:
         raise UsageError(f"unknown split {split!r}; known: {', '.join(PREFIXES)}")
-    trained = load_model(run)
-    with _threads(trained.job.resources.cpus_per_worker):
-        scores = evaluate_split(trained, split)
-    if not scores:
-        raise UsageError(f"task {trained.job.task.name} reports nothing about the {split} split")
+    directory = RunDirectory.view(run)
+    if directory.read_spec_text() is not None and isinstance(load_spec(directory.spec).job, RLlibSpec):
+        scores = _rllib_scores(directory, split)
+    else:
+        trained = load_model(run)
+        with _threads(trained.job.resources.cpus_per_worker):
+            scores = evaluate_split(trained, split)
+        if not scores:
+            raise UsageError(f"task {trained.job.task.name} reports nothing about the {split} split")
     for name, value in scores.items():
         print(f"{name} {value!r}")
     return 0
+
+
+def _rllib_scores(directory: RunDirectory, split: str) -> dict[str, float]:
+    """Greedy episodes of a run that RLlib trained."""
+    prepare_authentication(None)
+    from distml.adapters.rllib import score
+
+    loaded = load_spec(directory.spec)
+    sources = SourceTree.collect(loaded.job, loaded.directory)
+    scores = score(loaded.job, directory, sources, best_checkpoint(directory, _to_stderr).step, split)
+    return {f"{PREFIXES[split]}/{name}": value for name, value in sorted(scores.items())}
 
 
 def evaluate_split(trained: TrainedModel, split: str, model: nn.Module | None = None) -> dict[str, float]:

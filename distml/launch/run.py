@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,15 +27,19 @@ from distml.runs.directory import RunDirectory
 from distml.runs.display import Display, SilentDisplay, make_display
 from distml.runtime.driver import Driver
 from distml.runtime.group import WorkerGroup
+from distml.spec.base import Block
 from distml.spec.loader import LoadedSpec, load_spec
+from distml.spec.rllib import RLlibSpec
 from distml.spec.schema import JobSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from distml.adapters.rllib import RLlibRun
     from distml.tasks.sources import SourceTree
 
 MAY_CHANGE = ("stop", "evaluate", "checkpoint", "log", "limits", "resources", "transport", "strategy", "inline")
+BUDGETS = ("steps", "examples", "epochs", "frames", "seconds")
 EXIT_CODES = {"done": ExitCode.DONE, "goal_met": ExitCode.DONE, "goal_missed": ExitCode.GOAL_MISSED,
               "interrupted": ExitCode.INTERRUPTED, "failed": ExitCode.FAILED}  # fmt: skip
 
@@ -100,9 +104,13 @@ def run(
     started = time.perf_counter()
     loaded = load_spec(spec, overrides)
     job = loaded.job
-    alone = job.resources.workers == 1 and not job.resources.gpus_per_worker
-    runtime = runtime or ("inline" if alone else "ray")
-    check_injections(inject, job, runtime)
+    if isinstance(job, RLlibSpec):
+        where = "ray"
+        check_rllib_arguments(runtime, inject)
+    else:
+        alone = job.resources.workers == 1 and not job.resources.gpus_per_worker
+        where = runtime or ("inline" if alone else "ray")
+        check_injections(inject, job, where)
     path = Path(out) if out is not None else Path("runs") / job.name
     display = display or SilentDisplay()
     with RunDirectory.open(path, fresh=fresh) as directory:
@@ -114,18 +122,52 @@ def run(
             )
             return as_result(earlier, path)
         sources = prepare_directory(directory, loaded, bool(resume), display)
-        group = make_group(loaded, sources, runtime, address, directory.path, tuple(inject))
-        return drive(Driver(job, directory, group, display, started), bool(resume), runtime)
+        if isinstance(job, RLlibSpec):
+            return drive_rllib(job, directory, sources, address, display, started, bool(resume))
+        group = make_group(loaded, sources, where, address, directory.path, tuple(inject))
+        return drive(Driver(job, directory, group, display, started), bool(resume), where)
 
 
 def drive(driver: Driver, resume: bool, runtime: str) -> Result:
     """Build, train, and record the end, whatever it is."""
+
+    def train() -> None:
+        driver.build(lambda: start_weights(driver.job), resume)
+        announce(driver, runtime)
+        driver.train()
+
+    return _to_the_end(driver, train)
+
+
+def drive_rllib(
+    job: RLlibSpec, directory: RunDirectory, sources: SourceTree, address: str | None, display: Display, started: float,
+    resume: bool,
+) -> Result:  # fmt: skip
+    """The same for a job that RLlib trains."""
+    from distml.runtime.authentication import prepare_authentication
+
+    prepare_authentication(address)
+    from distml.adapters.rllib import RLlibRun
+
+    one = RLlibRun(job, directory, sources, address, display, started)
+
+    def train() -> None:
+        one.build(resume)
+        directory.write_environment(environment("ray", "RLlib's own", [socket.gethostname()]))
+        display.start(f"{job.algorithm} of RLlib on {job.environment.id}")
+        if one.start_step:
+            display.note(f"resuming from step {one.start_step}")
+        one.train()
+
+    return _to_the_end(one, train)
+
+
+def _to_the_end(driver: Driver | RLlibRun, train: Callable[[], None]) -> Result:
+    """Run `train` under the driver's signals, and record how it ended."""
     directory, display = driver.directory, driver.display
     try:
         with driver.signals():
-            driver.build(lambda: start_weights(driver.job), resume)
-            announce(driver, runtime)
-            driver.train()
+            train()
     except KeyboardInterrupt as error:
         driver.fail(error)
     except BaseException as error:
@@ -159,9 +201,7 @@ def run_command(
 ) -> int:  # fmt: skip
     """The verb `run`; its exit code."""
     loaded = load_spec(spec, overrides)
-    stop = loaded.job.stop
-    budget = ", ".join(f"{value:g} {name}" for name in ("steps", "examples", "epochs", "frames", "seconds")
-                       if (value := getattr(stop, name)))  # fmt: skip
+    budget = ", ".join(f"{value:g} {name}" for name, value in loaded.job.stop if name in BUDGETS and value)
     display = make_display(sys.stdout.isatty(), loaded.job.name, budget)
     if debug:
         os.environ["DISTML_DEBUG"] = "1"
@@ -184,6 +224,14 @@ def check_injections(inject: Sequence[str], job: JobSpec, runtime: str) -> None:
             raise UsageError(f"--inject {text}: needs processes to act on; add --runtime ray")
 
 
+def check_rllib_arguments(runtime: str | None, inject: Sequence[str]) -> None:
+    """Refuse what RLlib cannot do."""
+    if runtime == "inline":
+        raise UsageError("--runtime inline: RLlib runs on Ray; leave it out (config.num_env_runners: 0 is one process)")
+    if inject:
+        raise UsageError(f"--inject {inject[0]}: jobs of kind rllib have no ranks to fail; leave it out")
+
+
 def check_resume(
     directory: RunDirectory, loaded: LoadedSpec, earlier: ResultRecord | None, display: Display
 ) -> bool | None:
@@ -197,6 +245,9 @@ def check_resume(
     if earlier is None or text is None or not (steps or (earlier.status in EXIT_CODES and earlier.step)):
         return False
     before = load_spec_text(text, directory.path)
+    if before.job.kind != loaded.job.kind:
+        raise UsageError(f"{directory.path} holds a run of kind {before.job.kind}; use --out DIR for a new run, "
+                         "or --fresh to move the old one away")  # fmt: skip
     changed = changes(before.job, loaded.job)
     forbidden = [line for key, line in changed if key not in MAY_CHANGE]
     if forbidden:
@@ -213,12 +264,12 @@ def check_resume(
     return bool(steps)
 
 
-def load_spec_text(text: str, directory: Path) -> LoadedSpec:
+def load_spec_text(text: str, directory: Path) -> LoadedSpec[Any]:
     """The spec that a run directory keeps."""
     return load_spec(directory / "spec.yaml") if text else load_spec({}, directory=directory)
 
 
-def changes(before: JobSpec, after: JobSpec) -> list[tuple[str, str]]:
+def changes(before: Block, after: Block) -> list[tuple[str, str]]:
     """(top-level key, `dotted.key: old -> new`) of all that differs."""
     old, new = (json.loads(job.model_dump_json(by_alias=True)) for job in (before, after))
     return [(key, line) for key in new for line in _differences(key, old[key], new[key])]
@@ -239,7 +290,9 @@ def prepare_directory(directory: RunDirectory, loaded: LoadedSpec, resume: bool,
     """Write the resolved spec, with a user's own task beside it, so that the directory runs as it is."""
     from distml.tasks.sources import SourceTree
 
-    sources = SourceTree.collect(loaded.job.task, loaded.directory)
+    job: JobSpec | RLlibSpec = loaded.job
+    acting = job if isinstance(job, RLlibSpec) else job.task
+    sources = SourceTree.collect(acting, loaded.directory)
     for name, text in sources.files.items():
         target = directory.path / name
         if resume and target.exists() and target.read_text(encoding="utf-8") != text:

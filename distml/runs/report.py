@@ -64,7 +64,9 @@ def _summary(history: History) -> dict[str, str]:
         "status": status,
         "error": "" if error is None else _error_line(error),
         "task": _named(spec.get("task")),
-        "strategy": history.strategy,
+        "algorithm": f"{spec['algorithm']} of RLlib" if "algorithm" in spec else "",
+        "environment": str(_section(spec, "environment").get("id", "")),
+        "strategy": "" if "algorithm" in spec else history.strategy,
         "optimizer": _named(spec.get("optimizer"), "lr"),
         "batch size": str(spec.get("batch_size", "")),
         "workers": str(_section(spec, "resources").get("workers", "")),
@@ -74,6 +76,7 @@ def _summary(history: History) -> dict[str, str]:
         "goal": str(history.goal or ""),
         "steps": f"{result.step:,}",
         "examples": "" if (examples := history.last("train/examples")) is None else f"{examples:,.0f}",
+        "frames": "" if (frames := history.last("rl/frames")) is None else f"{frames:,.0f}",
         "training time": duration(result.wall_s),
         "sent": "" if (sent := history.last("comm/bytes")) is None else byte_size(sent),
         "restarts": f"{restarts:.0f}" if restarts else "",
@@ -85,7 +88,12 @@ def _summary(history: History) -> dict[str, str]:
 
 def _scores(history: History) -> list[tuple[str, str, str]]:
     """Name, last and best value of what was evaluated; the last training loss."""
-    names = [*history.metrics("train/loss"), *history.metrics("eval/"), *history.metrics("test/")]
+    names = [
+        *history.metrics("train/loss"),
+        *history.metrics("rl/episode_return_mean"),
+        *history.metrics("eval/"),
+        *history.metrics("test/"),
+    ]
     names += sorted(
         name for name in history.result.metrics if name.startswith(("eval/", "test/")) and name not in names
     )
