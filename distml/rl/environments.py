@@ -342,12 +342,12 @@ def check_finite(name: str, observations: Array, rewards: Array, seeds: Sequence
     Raises:
         EnvironmentFailed: with the first step and environment.
     """
-    for what, values in (("observation", observations), ("reward", rewards)):
+    for what, values in (("an observation", observations), ("a reward", rewards)):
         if values.dtype.kind != "f" or np.isfinite(values).all():
             continue
         bad = ~np.isfinite(values.reshape(values.shape[0], values.shape[1], -1)).all(-1)
         step, index = (int(place) for place in np.argwhere(bad)[0])
         raise EnvironmentFailed(
-            f"{name} gave a {what} that is not finite (environment {index}, seed {seeds[index]}, "
+            f"{name} gave {what} that is not finite (environment {index}, seed {seeds[index]}, "
             f"step {steps + step}): {values[step, index]}"
         )

@@ -1,0 +1,40 @@
+"""An environment whose every number is known: observation [steps so far, seed's remainder], reward = steps so far.
+
+An episode lasts `length` steps, and then terminates or is truncated. It can fail, or give NaN, at a step of its life.
+"""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+
+LIFE = {"failures": 0}
+
+
+class Counting(gym.Env):
+    observation_space = gym.spaces.Box(-1.0, 1e6, (2,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, length=3, truncates=False, raises_at=None, nan_at=None, failures=10**9):
+        self.length, self.truncates, self.raises_at, self.nan_at = length, truncates, raises_at, nan_at
+        self.steps, self.life, self.failures = 0, 0, failures
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        if seed is not None:
+            self.mark = seed % 97
+        return self._look(), {}
+
+    def step(self, action):
+        self.steps += 1
+        self.life += 1
+        if self.life == self.raises_at and LIFE["failures"] < self.failures:
+            LIFE["failures"] += 1
+            raise RuntimeError("the motor is hot")
+        ended = self.steps == self.length
+        reward = float("nan") if self.life == self.nan_at else float(self.steps)
+        return self._look(), reward, ended and not self.truncates, ended and self.truncates, {}
+
+    def _look(self):
+        return np.array([self.steps, self.mark], np.float32)
