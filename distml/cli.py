@@ -259,10 +259,14 @@ def run(
 @app.command()
 @_verb
 def show(run: RunArgument) -> None:
-    """Print a run's result and write its report.html."""
+    """Print a run's result and write its report.html; of a run that acts also episode.gif."""
+    from distml.launch.episode import draw_episode
     from distml.runs.report import show as show_run
 
+    note = draw_episode(run)
     show_run(run)
+    if note is not None:
+        print(note)
 
 
 @app.command()

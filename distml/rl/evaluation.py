@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from distml.rl.acting import build_actor
 from distml.rl.atari import human_normalised
@@ -18,6 +20,19 @@ from distml.tasks.base import Mean, Part
 from distml.tasks.data import mix
 
 Array = NDArray[Any]
+Act: TypeAlias = Callable[[Array, Array], Array]
+"""From observations [E, *O] and whether each is an episode's first [E] to actions as environments take them."""
+
+
+@runtime_checkable
+class Plays(Protocol):
+    """A task that can show an episode."""
+
+    spec: Any
+
+    def greedy(self, model: nn.Module, num_envs: int) -> Act:
+        """How the model acts, from an episode's start on, when it does what it thinks best."""
+        ...
 
 
 def evaluate_policy(
@@ -45,28 +60,33 @@ def play(
     greedy: bool,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Returns and lengths [E] of the episodes with these numbers, played by a policy."""
-    generator = np.random.default_rng(mix(part.seed, part.index))
-    actor, distribution = build_actor(policy, part.device), policy.distribution
+    generator = None if greedy else np.random.default_rng(mix(part.seed, part.index))
+    act = acting(policy, len(episodes), part.device, generator)
+    return play_by(act, unclipped(environment), evaluation.max_frames, part.split, episodes)
+
+
+def acting(policy: Policy, num_envs: int, device: torch.device, generator: np.random.Generator | None = None) -> Act:
+    """How a policy acts from an episode's start: what it draws, or without a generator what is most probable."""
+    actor, distribution = build_actor(policy, device), policy.distribution
     actor.refresh()
-    state = actor.initial_state(len(episodes))
+    state = actor.initial_state(num_envs)
 
     def act(observations: Array, resets: Array) -> Array:
         nonlocal state
         parameters, state = actor.act(observations, state, resets)
-        actions = distribution.mode(parameters) if greedy else distribution.sample(parameters, generator)
+        actions = distribution.mode(parameters) if generator is None else distribution.sample(parameters, generator)
         return distribution.to_environment(actions)
 
-    return play_by(act, unclipped(environment), evaluation.max_frames, part.split, episodes)
+    return act
 
 
 def play_by(
-    act: Callable[[Array, Array], Array], environment: EnvironmentSpec, max_frames: int, split: str,
-    episodes: Sequence[int],
-) -> tuple[Array, Array]:  # fmt: skip
+    act: Act, environment: EnvironmentSpec, max_frames: int, split: str, episodes: Sequence[int]
+) -> tuple[Array, Array]:
     """Returns and lengths [E] of the episodes with these numbers, each in an environment of its own.
 
     Args:
-        act: from observations [E, *O] and whether each is an episode's first [E] to actions as environments take them.
+        act: see `Act`.
         environment: what is played.
         max_frames: of an episode.
         split: whose seeds.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distml.rl.advantages import generalised_advantages, next_values
 from distml.rl.environments import spaces_of
-from distml.rl.evaluation import evaluate_policy
+from distml.rl.evaluation import Act, acting, evaluate_policy
 from distml.rl.policies import Policy, build_policy
 from distml.rl.rollout import Collector, Rollout
 from distml.spec.rl import OnPolicyBlock
@@ -48,6 +48,13 @@ class OnPolicyTask(Task, Generic[Spec]):
     def evaluate(self, model: nn.Module, part: Part, progress: Progress) -> dict[str, Mean]:
         assert isinstance(model, Policy)
         return evaluate_policy(model, self.spec.environment, self.spec.evaluation, part)
+
+    def greedy(self, model: nn.Module, num_envs: int) -> Act:
+        """How the policy acts when it does what is most probable."""
+        assert isinstance(model, Policy)
+        if model.observation_moments is not None:
+            model.observation_moments.freeze()
+        return acting(model, num_envs, torch.device("cpu"))
 
 
 class ActingStream:

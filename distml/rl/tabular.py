@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from distml.errors import UsageError
 from distml.rl.environments import Environments, spaces_of, training_seeds
-from distml.rl.evaluation import play_by
+from distml.rl.evaluation import Act, play_by
 from distml.spec.tabular import EpsilonSpec, TabularBlock
 from distml.tasks.base import Loss, Mean, Part, Progress, Task
 from distml.tasks.data import mix
@@ -126,12 +126,23 @@ class TabularTask(Task):
 
     def _play(self, model: Table, epsilon: float, part: Part, episodes: Sequence[int]) -> tuple[Array, Array]:
         """Returns and lengths [E] of the episodes with these numbers."""
-        table, generator = model.array(), np.random.default_rng(mix(part.seed, part.index))
-
-        def act(observations: Array, resets: Array) -> Array:
-            return epsilon_greedy(table[observations - model.first_state], epsilon, generator) + model.first_action
-
+        act = acting(model, epsilon, np.random.default_rng(mix(part.seed, part.index)))
         return play_by(act, self.spec.environment, self.spec.evaluation.max_frames, part.split, episodes)
+
+    def greedy(self, model: nn.Module, num_envs: int) -> Act:
+        """How the table's best actions are taken."""
+        assert isinstance(model, Table)
+        return acting(model, 0.0, np.random.default_rng(0))
+
+
+def acting(model: Table, epsilon: float, generator: np.random.Generator) -> Act:
+    """How a table acts epsilon-greedily."""
+    table = model.array()
+
+    def act(observations: Array, resets: Array) -> Array:
+        return epsilon_greedy(table[observations - model.first_state], epsilon, generator) + model.first_action
+
+    return act
 
 
 class QLearning(TabularTask):

@@ -271,6 +271,11 @@ class RunDirectory:
         """What `show` writes."""
         return self.path / "report.html"
 
+    @property
+    def episode(self) -> Path:
+        """What `show` writes of a run that acts."""
+        return self.path / "episode.gif"
+
     def write_spec(self, text: str) -> None:
         """Write spec.yaml, atomically."""
         write_atomically(self.spec, text)

@@ -182,6 +182,7 @@ def _page(history: History) -> str:
         f"<h1>{title}</h1>\n<p>{html.escape(str(history.path))}</p>\n<table>\n{summary}</table>",
         _scores_section(history),
         _plots_section(history),
+        _episode_section(history),
         f"<h2>Spec</h2>\n<pre>{html.escape(history.spec_text)}</pre>" if history.spec_text else "",
         f"<h2>Environment</h2>\n<pre>{html.escape(environment)}</pre>" if history.environment else "",
     ]
@@ -213,6 +214,15 @@ def _plots_section(history: History) -> str:
         data = base64.b64encode(draw([panel])).decode()
         images.append(f'<img alt="{html.escape(panel.title)}" src="data:image/png;base64,{data}">')
     return '<h2>Plots</h2>\n<div class="plots">\n' + "\n".join(images) + "\n</div>" if images else ""
+
+
+def _episode_section(history: History) -> str:
+    """The animated picture that lies beside the report, if there is one."""
+    try:
+        data = base64.b64encode(RunDirectory(history.path).episode.read_bytes()).decode()
+    except OSError:
+        return ""
+    return f'<h2>Episode</h2>\n<p><img alt="an episode of the best checkpoint" src="data:image/gif;base64,{data}"></p>'
 
 
 def _panels(history: History) -> list[Panel]:
