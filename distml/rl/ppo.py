@@ -189,9 +189,10 @@ def shuffled(count: int, num_pieces: int, generator: np.random.Generator) -> lis
     return list(torch.from_numpy(generator.permutation(count)).tensor_split(num_pieces))
 
 
-@torch.no_grad()
 def evaluated(spec: PPOSpec, policy: Policy, rollout: Rollout, pieces: list[Tensor]) -> Minibatch:
     """All columns of a rollout, with what the policy says of them before it is trained on them.
+
+    Gradients stay on while they are evaluated: without them a recurrent cell rounds otherwise than in the loss.
 
     Args:
         spec: the task's block.
@@ -212,12 +213,12 @@ def evaluated(spec: PPOSpec, policy: Policy, rollout: Rollout, pieces: list[Tens
         part = whole.columns(piece)
         parameters, values, state = policy(part.observations, part.state, part.resets)
         log_probs, _ = policy.distribution.log_prob_and_entropy(parameters, part.actions)
-        found.append((parameters, log_probs, values, *(one.unsqueeze(0) for one in state)))
+        found.append(tuple(one.detach() for one in (parameters, log_probs, values, *(s.unsqueeze(0) for s in state))))
     place = torch.cat(pieces).argsort()
     joined = [torch.cat(parts, 1)[:, place] for parts in zip(*found, strict=True)]
     whole.parameters, whole.log_probs, whole.values = joined[:3]
     _, last, _ = policy(rollout.observations[-1:], tuple(one[0] for one in joined[3:]), rollout.resets[-1:])
-    values = torch.cat((whole.values.reshape(rollout.rewards.shape), last))
+    values = torch.cat((whole.values.reshape(rollout.rewards.shape), last.detach()))
     advantages, returns = estimate(policy, rollout, values, spec.gamma, spec.gae_lambda)
     whole.advantages, whole.returns = columns(advantages), columns(returns)
     whole.metrics = {**rollout.metrics, **explained_variance(values[:-1], returns, rollout.valid)}
