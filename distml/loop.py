@@ -246,7 +246,7 @@ class Trainer:
         return {
             "stream": BEGINS_ANEW if stream is None else savable(stream, "the stream's state()"),
             "random": random_states(),
-            "carried": self.strategy.carried.arrays(),
+            "carried": self.strategy.own_buffers(),
             "strategy": self.strategy.own_state(),
             "since_average": self.strategy.since_average,
             "train_seconds": self.strategy.train_seconds,

@@ -59,6 +59,7 @@ class Head:
     `phase` is `PULL` for a worker that joins: it pushes nothing, and is answered in the order of the updates.
     `count` is what the gradient is a sum over, `rows` the examples that it came from and `frames` the environment steps
     that are new in them (both with the last phase only).
+    `place`, `base` [M] and `sums` [S] are of the model's accumulators: see `strategies/tally.py`.
     """
 
     rank: int
@@ -71,6 +72,24 @@ class Head:
     integers: dict[str, Array] = field(default_factory=dict)
     rows: float = 0.0
     frames: float = 0.0
+    place: int = 0
+    base: Array | None = None
+    sums: Array | None = None
+
+
+@dataclass
+class News:
+    """What others have counted: a worker folds it into its base.
+
+    Attributes:
+        place: of the base before `parts`.
+        base: [M]; None: the worker's own.
+        parts: (base [M] that they are relative to, sums [S]), in order.
+    """
+
+    place: int
+    base: Array | None
+    parts: list[tuple[Array, Array]]
 
 
 @dataclass
@@ -87,6 +106,7 @@ class Reply:
         finished: why the run is over, or None.
         duties: what this worker does at this version: "evaluate", "snapshot".
         carried: the workers' average, for whoever has a duty.
+        news: of the model's accumulators, where it has any.
     """
 
     version: int
@@ -100,6 +120,7 @@ class Reply:
     integers: dict[str, Array] = field(default_factory=dict)
     applied: bool = False
     contributed: float = 0.0
+    news: News | None = None
 
 
 Gradient: TypeAlias = "Tensor | list[Tensor]"

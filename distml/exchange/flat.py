@@ -12,12 +12,14 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distml.exchange.layout import Array, Layout
+from distml.tasks.base import Accumulator
 
 TAIL = 4
 COUNT, VOTE, ROWS, FRAMES = 0, 1, 2, 3
@@ -121,40 +123,127 @@ class FlatModel:
         return digest.hexdigest()
 
 
+@dataclass
+class Counting:
+    """An accumulator of the model; its own names of the buffers -> the tensors."""
+
+    module: Accumulator
+    base: dict[str, Tensor]
+    sums: dict[str, Tensor]
+
+
 class Carried:
-    """Buffers: not trained but part of the model. Floating ones are averaged by count, integer ones are rank 0's."""
+    """Buffers: not trained but part of the model. Floating ones are averaged by count, integer ones are rank 0's.
+
+    Those of accumulators are neither: workers' sums are added up, and absorbed by the base.
+
+    Raises:
+        TypeError: an accumulator's buffers are not what its class says.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         persistent = model.state_dict()
         self.tensors = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
-        self.floating = [name for name, tensor in self.tensors.items() if tensor.is_floating_point()]
+        found = {name: module for name, module in model.named_modules() if isinstance(module, Accumulator)}
+        self.counting = [self._counting(f"{name}." if name else "", module) for name, module in found.items()]
+        counted = {id(t) for one in self.counting for t in (*one.base.values(), *one.sums.values())}
+        self.floating = [n for n, t in self.tensors.items() if t.is_floating_point() and id(t) not in counted]
+        self.bases = [tensor for one in self.counting for tensor in one.base.values()]
+        self.sums = [tensor for one in self.counting for tensor in one.sums.values()]
+
+    def _counting(self, prefix: str, module: Accumulator) -> Counting:
+        own = {name: tensor for name, tensor in module.named_buffers(recurse=False) if prefix + name in self.tensors}
+        what = f"{type(module).__name__} ({prefix.rstrip('.') or 'the model'})"
+        for name in module.sums:
+            if name not in own:
+                raise TypeError(f"{what}: its sums name {name!r}; its persistent buffers are {sorted(own)}")
+        for name, tensor in own.items():
+            if not tensor.is_floating_point():
+                raise TypeError(f"{what}: an accumulator's buffers must be floating, {name} is {tensor.dtype}")
+        sums = {name: own[name] for name in module.sums}
+        return Counting(module, {name: tensor for name, tensor in own.items() if name not in sums}, sums)
 
     def average_vector(self) -> Tensor:
-        """All floating buffers end to end (float64)."""
-        pieces = [self.tensors[name].detach().reshape(-1).double() for name in self.floating]
-        return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
+        """All floating buffers that are averaged, end to end (float64)."""
+        return end_to_end([self.tensors[name] for name in self.floating])
 
     def set_average(self, vector: Tensor) -> None:
         """Write what `average_vector` has the order of."""
+        write([self.tensors[name] for name in self.floating], vector)
+
+    # ---------------------------------------------------------------------------------------------------- accumulators
+    def base_vector(self) -> Tensor:
+        """What the accumulators' workers agree on, end to end: float64 [M]."""
+        return end_to_end(self.bases)
+
+    def sums_vector(self) -> Tensor:
+        """What this worker's accumulators have seen since, end to end: float64 [S]."""
+        return end_to_end(self.sums)
+
+    def take_sums(self) -> Tensor:
+        """The same, handed over: they are zero afterwards."""
+        vector = self.sums_vector()
+        for tensor in self.sums:
+            tensor.zero_()
+        return vector
+
+    def absorb(self, sums: Tensor) -> None:
+        """Fold these sums [S], relative to the base of now, instead of this worker's."""
+        write(self.sums, sums)
+        for one in self.counting:
+            one.module.absorb()
+
+    def fold(self, base: Array | None, parts: Sequence[tuple[Array, Array]]) -> None:
+        """Take over a base [M], unless None, and fold sums, each relative to a base of its own; own sums are kept."""
+        if base is None and not parts:
+            return
+        own_base, own_sums = self.base_vector(), self.take_sums()
+        if base is not None:
+            write(self.bases, from_numpy(base))
+        for before, sums in parts:
+            self._relate(from_numpy(sums), from_numpy(before))
+            for one in self.counting:
+                one.module.absorb()
+        self._relate(own_sums, own_base)
+
+    def _relate(self, sums: Tensor, before: Tensor) -> None:
+        """Write sums [S] that are relative to the base `before` [M] as they are relative to the base of now."""
+        write(self.sums, sums)
         offset = 0
-        for name in self.floating:
-            tensor = self.tensors[name]
-            tensor.copy_(vector[offset : offset + tensor.numel()].view(tensor.shape))
-            offset += tensor.numel()
+        for one in self.counting:
+            named = {}
+            for name, tensor in one.base.items():
+                named[name] = before[offset : offset + tensor.numel()].view(tensor.shape)
+                offset += tensor.numel()
+            one.module.rebase(named)
 
     def arrays(self) -> dict[str, Array]:
         """Copies of all buffers."""
         return {name: to_numpy(tensor).copy() for name, tensor in self.tensors.items()}
 
     def integers(self) -> dict[str, Array]:
-        """Copies of the buffers that are not averaged."""
-        return {name: to_numpy(self.tensors[name]).copy() for name in self.tensors if name not in self.floating}
+        """Copies of the integer buffers."""
+        return {n: to_numpy(tensor).copy() for n, tensor in self.tensors.items() if not tensor.is_floating_point()}
 
     def load(self, arrays: dict[str, Array]) -> None:
         """Overwrite the buffers that `arrays` names."""
         for name, array in arrays.items():
             if name in self.tensors:
                 self.tensors[name].copy_(from_numpy(array))
+
+
+def end_to_end(tensors: Sequence[Tensor]) -> Tensor:
+    """A copy of them as one vector (float64)."""
+    pieces = [tensor.detach().reshape(-1).double() for tensor in tensors]
+    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
+
+
+def write(tensors: Sequence[Tensor], vector: Tensor) -> None:
+    """The inverse of `end_to_end`."""
+    offset = 0
+    for tensor in tensors:
+        tensor.copy_(vector[offset : offset + tensor.numel()].view(tensor.shape))
+        offset += tensor.numel()
 
 
 def _first_match(name: str, patterns: Sequence[str]) -> int | None:

@@ -265,18 +265,24 @@ class Strategy(ABC):
         return total / self.group.size
 
     def average_carried(self) -> None:
-        """Floating buffers become their average by count over the group; integer ones rank 0's."""
-        vector = self.carried.average_vector()
+        """Floating buffers become their average by count over the group, integer ones rank 0's; sums are absorbed."""
+        vector, sums = self.carried.average_vector(), self.carried.sums_vector()
         if self.group.size > 1 and self.carried.tensors:
-            weighted = torch.cat([vector * self.since_average, vector.new_tensor([self.since_average])])
+            weighted = torch.cat([vector * self.since_average, vector.new_tensor([self.since_average]), sums])
             self.group.all_reduce(weighted)
-            if weighted[-1] > 0:
-                self.carried.set_average(weighted[:-1] / weighted[-1])
+            total, sums = weighted[vector.numel()], weighted[vector.numel() + 1 :]
+            if total > 0:
+                self.carried.set_average(weighted[: vector.numel()] / total)
             integers = {n: a.tolist() for n, a in self.carried.integers().items()} if self.rank == 0 else {}
             first = json.loads(self.group.all_gather(json.dumps(integers).encode())[0])
             dtypes = {name: to_numpy(self.carried.tensors[name]).dtype for name in first}
             self.carried.load({name: _array(value, dtypes[name]) for name, value in first.items()})
+        self.carried.absorb(sums)
         self.since_average = 0.0
+
+    def own_buffers(self) -> dict[str, Array]:
+        """Copies of the buffers as this worker has them, for its own half."""
+        return self.carried.arrays()
 
     def reduce_means(self, means: Mapping[str, Mean]) -> dict[str, Mean]:
         """Sum named means over the group, in rank order."""

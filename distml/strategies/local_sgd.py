@@ -76,7 +76,10 @@ class LocalSGD(Single):
 
     def regions(self, size: int, keeps: bool) -> Regions:
         gradients = self.flat.gradients
-        longest = max(gradients.numel() * gradients.element_size(), 8 * (self.carried.average_vector().numel() + 1))
+        longest = max(
+            gradients.numel() * gradients.element_size(),
+            8 * (self.carried.average_vector().numel() + self.carried.sums_vector().numel() + 1),
+        )
         row_bytes = math.ceil(longest / CACHE_LINE) * CACHE_LINE
         kind, names = str(self.flat.weights.dtype).removeprefix("torch."), list(self._vectors())
         kept = kept_regions(self.flat.layout.numel, kind, names[1:], 1) if keeps else []

@@ -38,7 +38,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distml.exchange.channel import PULL, Channel, Gradient, Group, Head, Reply, Wire
+from distml.exchange.channel import PULL, Channel, Gradient, Group, Head, News, Reply, Wire
 from distml.exchange.compression.build import build_compressor
 from distml.exchange.flat import TAIL, from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
@@ -48,6 +48,7 @@ from distml.strategies.agenda import Agenda, Spent, crossed
 from distml.strategies.base import Strategy
 from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
 from distml.strategies.shard import Entry, shard_range
+from distml.strategies.tally import Tally
 
 
 class Clock:
@@ -80,6 +81,7 @@ class Clock:
         self.evaluators: set[int] = set()
         self.evaluation_waits = False
         self.carried: dict[int, tuple[Array | None, dict[str, Array], float]] = {}
+        self.tally = Tally()
 
     # ------------------------------------------------------------------------------------------------------ membership
     def begin(self, ranks: list[int]) -> None:
@@ -91,6 +93,7 @@ class Clock:
         self.held, self.arrived, self.heads = [], {}, {}
         self.evaluators, self.evaluation_waits = set(), False
         self.contributed = {rank: self.contributed.get(rank, 0.0) for rank in ranks}
+        self.tally = Tally()
 
     def _join(self, head: Head) -> Entry:
         """A worker pulls the current version and computes from it; what it pushed before, it has given up."""
@@ -154,6 +157,7 @@ class Clock:
         """A whole gradient, or a wish to join, is there."""
         rank = head.rank
         if head.phase == PULL:
+            self.tally.add(head)
             return [self._join(head)]
         if rank not in self.joined:
             return []  # under way when its worker left: nobody awaits the answer
@@ -162,6 +166,8 @@ class Clock:
             weight = self.carried[rank][2] if rank in self.carried else 0.0
             self.carried[rank] = (head.carried, head.integers, weight + head.count)
             head.carried, head.integers = None, {}
+        self.tally.add(head)
+        head.base = head.sums = None
         self._goes_on(head)
         self.held.append(head)
         return self._release()
@@ -209,8 +215,9 @@ class Clock:
         entry.dropped = True
         for head in heads:
             self.awaited.pop(head.rank, None)
-            entry.replies[head.rank, head.ticket] = Reply(self.version, self.examples, self.frames,
-                                                              finished=self.finished)  # fmt: skip
+            news = self.tally.news(None if head.phase == PULL else head.place)
+            reply = Reply(self.version, self.examples, self.frames, finished=self.finished, news=news)
+            entry.replies[head.rank, head.ticket] = reply
         return entry
 
     def _entry(self, phase: int, heads: list[Head]) -> Entry:
@@ -257,6 +264,7 @@ class Clock:
             reply.carried, reply.integers = self._average_carried()
         entry.replies[rank, head.ticket] = reply
         if entry.last_phase:
+            reply.news = self.tally.news(head.place)
             self.newest[rank] = self.version
         if "evaluate" in duties and not self.is_sync:
             self.evaluators.add(rank)
@@ -324,7 +332,7 @@ class Clock:
     def dump(self) -> dict[str, Any]:
         """Everything that the clock knows, for another one to go on in the midst of an exchange.
 
-        JSON values, but for the buffers' arrays, which stand under "carried" alone.
+        Plain values and bytes, but for the buffers' arrays, which stand under "carried" alone.
         """
         return {
             "version": self.version, "examples": self.examples, "frames": self.frames, "number": self.number,
@@ -336,8 +344,9 @@ class Clock:
             "evaluators": sorted(self.evaluators), "away": sorted(self.away), "evaluation_waits": self.evaluation_waits,
             "carried": {
                 "ranks": [[rank, *row] for rank, row in self.carried.items()],
-                "heads": [[head.carried, head.integers] for head in self.heads.values()],
+                "heads": [[head.carried, head.integers, head.base, head.sums] for head in self.heads.values()],
             },
+            "tally": self.tally.dump(),
         }  # fmt: skip
 
     def restore(self, dump: Mapping[str, Any]) -> None:
@@ -351,8 +360,9 @@ class Clock:
         self.held = [Head(*row) for row in dump["held"]]
         self.arrived = {(rank, ticket): set(servers) for rank, ticket, servers in dump["arrived"]}
         heads = [Head(*row) for row in dump["heads"]]
-        for head, (vector, integers) in zip(heads, dump["carried"]["heads"], strict=True):
-            head.carried, head.integers = vector, integers
+        for head, arrays in zip(heads, dump["carried"]["heads"], strict=True):
+            head.carried, head.integers, head.base, head.sums = arrays
+        self.tally.restore(dump["tally"])
         self.heads = {(head.rank, head.ticket): head for head in heads}
         self.evaluators, self.away = set(dump["evaluators"]), set(dump["away"])
         self.carried = {rank: (vector, integers, weight) for rank, vector, integers, weight in dump["carried"]["ranks"]}
@@ -364,7 +374,7 @@ BY_RANK = ("computing", "awaited", "newest", "joined", "last_tickets", "contribu
 def dump_head(head: Head) -> list[Any]:
     """A head's arguments without its arrays: JSON values."""
     return [head.rank, head.ticket, head.phase, head.read_version, head.count, head.vote, None, {}, head.rows,
-            head.frames]  # fmt: skip
+            head.frames, head.place]  # fmt: skip
 
 
 def spent_by(reply: Reply) -> Spent:
@@ -411,6 +421,7 @@ class ParameterServer(Strategy):
     def _build(self) -> None:
         assert isinstance(self.job.strategy, ParameterServerSpec)
         self.ticket = 0
+        self.place = 0  # of the accumulators' base: see tally.py
         self.read_version = 0  # that the step's gradients are of; what a phase's answer brings may be newer
         self.is_sync, self.prefetch = self.job.strategy.is_synchronous, self.job.strategy.prefetch
         self.under_way: Any = None  # prefetch: the gradient whose answer is not taken yet
@@ -422,6 +433,7 @@ class ParameterServer(Strategy):
     def connect(self, group: Group | None, channel: Channel | None) -> None:
         assert channel is not None
         self.channel, self.leaves_gradients = channel, not channel.clears_gradients
+        self.place = 0
         self.under_way = None
         self._group = ServerGroup(channel, self.rank, self.world_size)
 
@@ -440,7 +452,9 @@ class ParameterServer(Strategy):
         from distml.strategies.shared_servers import BOOK_BYTES, ELEMENT_BYTES
 
         elements = sum(tensor.numel() for tensor in self.carried.tensors.values())
-        fits = elements * ELEMENT_BYTES * (self.world_size + 2) <= BOOK_BYTES // 2
+        counted = sum(tensor.numel() for tensor in (*self.carried.bases, *self.carried.sums))
+        rows = self.world_size + 2  # of buffers; everyone's answer may bring as many sums
+        fits = rows * (ELEMENT_BYTES * elements + 8 * rows * counted) <= BOOK_BYTES // 2
         return None if fits else f"{elements:,} elements of buffers are too many for asynchronous workers to share"
 
     def regions(self, size: int, keeps: bool) -> Regions:
@@ -462,9 +476,12 @@ class ParameterServer(Strategy):
             if self.duties or self.finished is not None:
                 return
         head = Head(self.rank, self.ticket, PULL, self.progress.version, 0.0)
+        if self.carried.counting:
+            head.place, head.base = self.place, to_numpy(self.carried.base_vector())
         self.ticket += 1
         reply = self.channel.join(head, self.flat.weights)
         self.read_version = reply.version
+        self._fold(reply.news)
         self._advance(spent_by(reply), reply.finished, ())
 
     def leave(self) -> None:
@@ -486,7 +503,7 @@ class ParameterServer(Strategy):
         head = Head(self.rank, self.ticket, phase, self.read_version, count, self.vote, rows=self._rows,
                     frames=self._frames)  # fmt: skip
         if not self.is_sync and last and self.carried.tensors:
-            head.carried, head.integers = to_numpy(self.carried.average_vector()).copy(), self.carried.integers()
+            self._bring_buffers(head)
         self.ticket += 1
         before = self.channel.bytes_sent
         if last and self.prefetch:
@@ -494,6 +511,21 @@ class ParameterServer(Strategy):
         else:
             self._consume(self.channel.exchange(head, self._outgoing(phase, gradient), self.flat.weights), last)
         self.meter.bytes_sent += self.channel.bytes_sent - before
+
+    def _bring_buffers(self, head: Head) -> None:
+        """Put what others are to know of the buffers into a head; what was counted is handed over."""
+        head.carried, head.integers = to_numpy(self.carried.average_vector()), self.carried.integers()
+        if self.carried.counting:
+            head.place, head.base = self.place, to_numpy(self.carried.base_vector())
+            head.sums = to_numpy(self.carried.take_sums())
+
+    def _fold(self, news: News | None) -> None:
+        """Let the accumulators take in what others have counted; an answer may bring again what an earlier one has."""
+        if news is None:
+            return
+        known = self.place - news.place if news.base is None else 0
+        self.carried.fold(news.base, news.parts[known:])
+        self.place = news.place + len(news.parts)
 
     def _outgoing(self, phase: int, gradient: Tensor) -> Gradient:
         """What is pushed: the gradient, or a payload for each server; what that leaves out is pushed later."""
@@ -526,6 +558,7 @@ class ParameterServer(Strategy):
         if reply.applied:
             self.meter.add_staleness(reply.staleness)
             self.meter.contributed = reply.contributed
+        self._fold(reply.news)
         if reply.carried is not None:
             self.carried.set_average(from_numpy(reply.carried))
             self.carried.load(reply.integers)
@@ -537,6 +570,10 @@ class ParameterServer(Strategy):
     def load_own(self, state: Mapping[str, Any]) -> None:
         if self.compressor is not None:
             self.compressor.load_state(state)
+
+    def own_buffers(self) -> dict[str, Array]:
+        """Under async and ssp none: whoever goes on from a state takes the shared ones, which have what all counted."""
+        return super().own_buffers() if self.is_sync else {}
 
     def average_carried(self) -> None:
         if self.is_sync:

@@ -6,7 +6,8 @@
 Weights are never changed in place and never copied for a pull: every update writes a version of its own into a buffer
 that nobody reads, and a worker computes on the buffer it was answered with until its next exchange. W workers read at
 most W buffers, so W + 1 are enough. The clock is the one that server actors have; its bookkeeping lies in the segment
-as JSON, in two places of which the unfinished one is never the valid one.
+as plain values (Python's marshal), in two places of which the unfinished one is never the valid one. Who was the last
+to write it goes on with what it has.
 
 Who unblocks whom: the kernel hands on the lock (flock) when its holder dies. A worker that died under it may have left
 moments or sums torn: whoever comes next sees the mark, and the group breaks up to go back to a snapshot. One that died
@@ -18,19 +19,19 @@ Shapes: W workers, N elements.
 from __future__ import annotations
 
 import fcntl
-import json
+import marshal
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from distml.exchange.channel import Head, PeerLost, Reply
+from distml.exchange.channel import Head, News, PeerLost, Reply
 from distml.exchange.flat import TAIL, Carried, FlatModel, from_numpy, to_numpy
 from distml.exchange.layout import Array
 from distml.exchange.segment import KEPT, Regions, kept_regions
@@ -42,9 +43,9 @@ from distml.strategies.optimizer import FlatOptimizer
 from distml.strategies.parameter_server import Clock
 from distml.strategies.shard import Entry, Shard
 
-BOOK_BYTES = 2**22  # of JSON: the clock, and answers that wait to be taken
+BOOK_BYTES = 2**22  # the clock, and answers that wait to be taken
 ELEMENT_BYTES = 24  # that an element of a buffer may take there
-RELEASED, EVENTS, WRITING, PLACE = range(4)  # words of "server_words"
+RELEASED, EVENTS, WRITING, PLACE, FINISHED = range(5)  # words of "server_words"
 
 
 def async_regions(flat: FlatModel, carried: Carried, moments: list[str], size: int, keeps: bool) -> Regions:
@@ -56,7 +57,7 @@ def async_regions(flat: FlatModel, carried: Carried, moments: list[str], size: i
     return Regions.build(
         [
             *host_regions(size),
-            ("server_words", 4 * Words.PER_LINE, "uint32"),
+            ("server_words", 5 * Words.PER_LINE, "uint32"),
             ("pids", size, "int64"),
             ("books", 2 * BOOK_BYTES, "uint8"),
             ("carried", size * carried.average_vector().numel(), "float64"),
@@ -70,7 +71,7 @@ def async_regions(flat: FlatModel, carried: Carried, moments: list[str], size: i
 
 @dataclass
 class Book:
-    """What the holder of the lock knows besides the clock; JSON values.
+    """What the holder of the lock knows besides the clock.
 
     Attributes:
         newest: the buffer of the newest version.
@@ -83,7 +84,7 @@ class Book:
 
     newest: int = 0
     readers: dict[int, int] = field(default_factory=dict)
-    answers: list[list[Any]] = field(default_factory=list)
+    answers: list[tuple[int, int, Reply, int]] = field(default_factory=list)
     updates: int = 0
     captures: list[list[Any] | None] = field(default_factory=lambda: [None] * KEPT)
 
@@ -121,6 +122,7 @@ class SharedServers:
         self.clock = Clock(job.model_copy(update={"strategy": job.strategy.model_copy(update={"servers": 1})}),
                            agenda, num_phases)  # fmt: skip
         self.book = Book()
+        self.read_place = -1  # PLACE when this worker last read or wrote the bookkeeping
         self.taken: dict[int, tuple[dict[str, Array], dict[str, Any]]] = {}  # states that this worker has yet to give
         self.keeps = "kept-0-weights" in segment.regions.places
         self._lay_out(agenda.budget_steps)
@@ -284,31 +286,37 @@ class SharedServers:
 
     def _read(self) -> None:
         place = self.words.get(PLACE)
+        if place == self.read_place:
+            return
         length = int(self.books[place % 2, :8].view(np.int64)[0])
-        found = json.loads(self.books[place % 2, 8 : 8 + length].tobytes())
-        found["book"]["readers"] = {int(rank): buffer for rank, buffer in found["book"]["readers"].items()}
-        self.book = Book(**found["book"])
-        clock = found["clock"]
+        book, clock = marshal.loads(self.books[place % 2, 8 : 8 + length].tobytes())
+        newest, readers, answers, updates, captures = book
+        replies = [(rank, ticket, load_reply(reply), buffer) for rank, ticket, reply, buffer in answers]
+        self.book = Book(newest, readers, replies, updates, captures)
         clock["carried"] = {"heads": [], "ranks": [
             [rank, self.carried_rows[self.host.ranks.index(rank)].copy() if has else None, unlist(integers), weight]
             for rank, has, integers, weight in clock["carried"]]}  # fmt: skip
         self.clock.restore(clock)
+        self.read_place = place
 
     def _write(self) -> None:
-        clock = self.clock.dump()
+        book, clock = self.book, self.clock.dump()
         rows = clock["carried"]["ranks"]
         for rank, vector, _, _ in rows:
             if vector is not None:
                 self.carried_rows[self.host.ranks.index(rank)] = vector
         clock["carried"] = [[rank, vector is not None, listed(integers), weight]
                             for rank, vector, integers, weight in rows]  # fmt: skip
-        text = json.dumps({"book": vars(self.book), "clock": clock}).encode()
+        answers = [(rank, ticket, dump_reply(reply), buffer) for rank, ticket, reply, buffer in book.answers]
+        text = marshal.dumps(((book.newest, book.readers, answers, book.updates, book.captures), clock))
         if len(text) > BOOK_BYTES - 8:
             raise RuntimeError(f"the servers' bookkeeping has grown to {len(text)} bytes, {BOOK_BYTES} are there")
-        place = self.words.get(PLACE) + 1
+        place = (self.words.get(PLACE) + 1) & 0xFFFFFFFF
         self.books[place % 2, 8 : 8 + len(text)] = np.frombuffer(text, np.uint8)
         self.books[place % 2, :8].view(np.int64)[0] = len(text)
+        self.words.set(FINISHED, self.clock.finished is not None)
         self.words.set(PLACE, place)
+        self.read_place = place
 
     # -------------------------------------------------------------------------------------------------------- exchange
     def exchange(self, head: Head, gradient: Tensor, weights: Tensor) -> Reply:
@@ -351,13 +359,7 @@ class SharedServers:
 
     def is_finished(self) -> bool:
         """Whether the run is over by what was published last; asked from another thread, which takes no part."""
-        place = self.words.get(PLACE)
-        length = int(self.books[place % 2, :8].view(np.int64)[0])
-        try:
-            found = json.loads(self.books[place % 2, 8 : 8 + length].tobytes())
-        except ValueError:  # written anew meanwhile: then the run goes on
-            return False
-        return found["clock"]["finished"] is not None
+        return bool(self.words.get(FINISHED))
 
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Every worker's payload, in rank order."""
@@ -368,10 +370,7 @@ class SharedServers:
             rank, own, reply, buffer = row
             if (rank, own) == (self.rank, ticket):
                 self.book.answers.remove(row)
-                carried = None if reply["carried"] is None else np.asarray(reply["carried"], np.float64)
-                values = {**reply, "carried": carried, "duties": tuple(reply["duties"]),
-                          "integers": unlist(reply["integers"])}  # fmt: skip
-                return Reply(**values), buffer
+                return reply, buffer
         return None
 
     def _commit(self, entries: list[Entry]) -> None:
@@ -381,10 +380,7 @@ class SharedServers:
             for rank, ticket in entry.members:
                 reply = entry.replies[rank, ticket]
                 reply.grad_norm = norm
-                listed_carried = None if reply.carried is None else reply.carried.tolist()
-                values = {**asdict(replace(reply, carried=None, integers={})), "carried": listed_carried,
-                          "integers": listed(reply.integers)}  # fmt: skip
-                self.book.answers.append([rank, ticket, values, self.book.newest])
+                self.book.answers.append((rank, ticket, reply, self.book.newest))
                 self.book.readers[rank] = self.book.newest
         if entries:
             self.words.set(EVENTS, self.words.get(EVENTS) + 1)
@@ -419,8 +415,32 @@ class SharedServers:
         return math.sqrt(sum(squares)) if entry.needs_norm else None
 
 
+def dump_reply(reply: Reply) -> dict[str, Any]:
+    """Plain values and bytes."""
+    news = reply.news
+    values = {**vars(reply), "integers": listed(reply.integers), "news": None}
+    if reply.carried is not None:
+        values["carried"] = reply.carried.tobytes()
+    if news is not None:
+        base = None if news.base is None else news.base.tobytes()
+        values["news"] = news.place, base, [(before.tobytes(), sums.tobytes()) for before, sums in news.parts]
+    return values
+
+
+def load_reply(values: dict[str, Any]) -> Reply:
+    """The inverse of `dump_reply`."""
+    reply = Reply(**{**values, "integers": unlist(values["integers"]), "news": None})
+    if values["carried"] is not None:
+        reply.carried = np.frombuffer(values["carried"])
+    if values["news"] is not None:
+        place, base, parts = values["news"]
+        parts = [(np.frombuffer(before), np.frombuffer(sums)) for before, sums in parts]
+        reply.news = News(place, None if base is None else np.frombuffer(base), parts)
+    return reply
+
+
 def listed(arrays: Mapping[str, Array]) -> dict[str, Any]:
-    """Integer arrays as JSON values."""
+    """Integer arrays as plain values."""
     return {name: [str(array.dtype), array.tolist()] for name, array in arrays.items()}
 
 

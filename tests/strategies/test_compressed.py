@@ -15,6 +15,7 @@ from torch import nn
 import distml
 from distml.errors import RunError
 from distml.exchange.compression.base import Compressor
+from distml.exchange.flat import TAIL
 from distml.exchange.layout import Layout
 from distml.runs.checkpoints import CheckpointStore
 from distml.runtime.cut import from_checkpoint, reshard
@@ -97,7 +98,7 @@ def payload_bytes(name: str) -> int:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bytes_per_step_are_what_the_payloads_add_up_to(tmp_path, monkeypatch, name, workers):
     monkeypatch.chdir(OWN)
-    tail, pull = 3 * 4, 4 * 1155
+    tail, pull = 4 * TAIL, 4 * 1155
 
     def bytes_per_step(block: dict) -> float:
         spec = spec_of(FLOAT32, workers=workers, steps=20, strategy=block)

@@ -222,9 +222,9 @@ def test_progress_within_a_round_counts_everyones_examples(monkeypatch):
     seen = []
     real = LocalSGD._advance
 
-    def advance(self, version, examples, *rest):
-        seen.append((self.rank, version, examples))
-        real(self, version, examples, *rest)
+    def advance(self, spent, *rest):
+        seen.append((self.rank, spent.version, spent.examples))
+        real(self, spent, *rest)
 
     monkeypatch.setattr(LocalSGD, "_advance", advance)
     train(local(workers=3))  # shares of 4, 5 and 5
