@@ -96,8 +96,11 @@ class Environments:
         self._ended = np.zeros(self.num_envs, dtype=bool)
         self._all_valid = np.ones(self.num_envs, dtype=bool)
 
-    def reset(self) -> Array:
+    def reset(self, *, seeded: bool = True) -> Array:
         """Begin all episodes; the first observations [E, *O].
+
+        Args:
+            seeded: from the seeds; False: other episodes than before, as the environments' own generators go on.
 
         Raises:
             EnvironmentFailed: one raised.
@@ -106,7 +109,7 @@ class Environments:
         if not isinstance(self.vector, SyncVectorEnv):
             seeds = np.asarray(self.seeds) if takes_many_seeds(self.vector) else self.seeds[0]
         with self._named("reset"):
-            observations, _ = self.vector.reset(seed=seeds)
+            observations, _ = self.vector.reset(seed=seeds if seeded else None)
         self.steps = 0
         self._ended = np.zeros(self.num_envs, dtype=bool)
         return np.asarray(observations)
@@ -289,6 +292,14 @@ def own_class(spec: EnvironmentSpec) -> type[Any] | None:
     if not (isinstance(found, type) and issubclass(found, (gym.Env, VectorEnv))):
         raise UsageError(f"environment {spec.id!r}: {class_name} is not a subclass of gymnasium.Env or VectorEnv")
     return found
+
+
+def episode_limit(spec: EnvironmentSpec) -> int | None:
+    """After how many steps an episode is truncated at the latest; None: it may go on for ever."""
+    if spec.max_episode_steps is not None or own_class(spec) is not None:
+        return spec.max_episode_steps
+    register(spec.id)
+    return gym.spec(spec.id).max_episode_steps
 
 
 EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d", "ale": "atari", "pygame": "render"}

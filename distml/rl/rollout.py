@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distml.rl.acting import Actor, build_actor
+from distml.rl.distributions import Distribution
 from distml.rl.environments import EnvironmentFailed, Environments, Transition, check_finite, training_seeds
 from distml.rl.normalise import RewardScaler
 from distml.rl.policies import Policy
@@ -177,27 +178,33 @@ class Collector:
                 self._begin()
 
     def _collect(self, policy: Policy, num_steps: int, version: int) -> Rollout:
-        actor = self.actor = self.actor or build_actor(policy, self.part.device)
-        if policy.observation_moments is not None:
-            policy.observation_moments.freeze()
-        actor.refresh()
-        num_envs, distribution, generator = self.spec.envs_per_worker, policy.distribution, self.generator
-        if self.state is None:
-            self.state = actor.initial_state(num_envs)
-        first_state, first_step = self.state, self.environments.steps
-        buffers = Buffers(num_steps, num_envs, self.observations, distribution)
+        first_state, first_step = self._ready(policy), self.environments.steps
+        buffers = Buffers(num_steps, self.spec.envs_per_worker, self.observations, policy.distribution)
         for step in range(num_steps):
-            parameters, self.state = actor.act(self.observations, self.state, self.resets)
-            actions = distribution.sample(parameters, generator)
-            transition = self.environments.step(distribution.to_environment(actions))
+            parameters, actions, transition = self._step(policy.distribution)
             buffers.put(step, self.observations, self.resets, parameters, actions, transition)
             self.episodes.add(transition)
             self.observations = transition.observations
             self.resets = self._resets_after(transition)
-        buffers.observations[num_steps], buffers.resets[num_steps] = self.observations, self.resets
-        check_finite(self.spec.environment.id, buffers.observations, buffers.rewards, self.environments.seeds,
-                     first_step)  # fmt: skip
-        return self._rollout(policy, buffers, first_state, version)
+        return self._rollout(policy, buffers, first_state, version, first_step)
+
+    def _ready(self, policy: Policy) -> State:
+        """The recurrent state to go on from, with an actor that knows the newest weights and statistics."""
+        self.actor = self.actor or build_actor(policy, self.part.device)
+        if policy.observation_moments is not None:
+            policy.observation_moments.freeze()
+        self.actor.refresh()
+        if self.state is None:
+            self.state = self.actor.initial_state(self.spec.envs_per_worker)
+        return self.state
+
+    def _step(self, distribution: Distribution) -> tuple[Array, Array, Transition]:
+        """Distributions' parameters, actions, and what came of them."""
+        assert self.actor is not None
+        assert self.state is not None
+        parameters, self.state = self.actor.act(self.observations, self.state, self.resets)
+        actions = distribution.sample(parameters, self.generator)
+        return parameters, actions, self.environments.step(distribution.to_environment(actions))
 
     def _resets_after(self, transition: Transition) -> Array:
         """Whose next observation is an episode's first."""
@@ -205,7 +212,10 @@ class Collector:
             return transition.terminated | transition.truncated
         return ~transition.valid
 
-    def _rollout(self, policy: Policy, buffers: Buffers, state: State, version: int) -> Rollout:
+    def _rollout(self, policy: Policy, buffers: Buffers, state: State, version: int, first_step: int) -> Rollout:
+        buffers.observations[-1], buffers.resets[-1] = self.observations, self.resets
+        check_finite(self.spec.environment.id, buffers.observations, buffers.rewards, self.environments.seeds,
+                     first_step)  # fmt: skip
         rewards = buffers.rewards
         ended = buffers.terminated | buffers.truncated
         if policy.reward_moments is not None:
@@ -254,3 +264,13 @@ class Buffers:
             if self.final is None:
                 self.final = np.zeros((len(self.rewards), *observations.shape), self.observations.dtype)
             self.final[step] = after.final
+
+    def resize(self, num_steps: int) -> None:
+        """Keep what was written, as far as there is place, and have place for this many steps."""
+        for name, array in vars(self).items():
+            if array is not None:
+                rows = num_steps + (name in ("observations", "resets"))
+                resized = np.empty((rows, *array.shape[1:]), array.dtype)
+                kept = min(rows, len(array))
+                resized[:kept] = array[:kept]
+                setattr(self, name, resized)

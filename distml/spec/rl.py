@@ -179,7 +179,8 @@ class ReinforceSpec(OnPolicyBlock):
 
     name: Literal["reinforce"]
     baseline: Literal["none", "moving_average", "learned", "optimal"] = Field(
-        "learned", description="what is subtracted from the reward-to-go; optimal: b* = E[g^2 r] / E[g^2]"
+        "learned",
+        description="what is subtracted from the reward-to-go; optimal: b* = E[g^2 G] / E[g^2] of the other episodes",
     )
     decay: Fraction = Field(0.9, description="moving_average: weight of the past")
     value_coefficient: NonNegative = Field(0.5, description="learned: of the squared error of the values")

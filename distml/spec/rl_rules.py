@@ -183,3 +183,9 @@ def _reinforce(task: ReinforceSpec) -> Iterator[Problem]:
             f"task.epochs {task.epochs} uses episodes of an older policy; set importance_weighting: true or epochs: 1",
             (("task", "epochs"),),
         )
+    if task.baseline == "optimal" and isinstance(task.policy, RecurrentPolicySpec):
+        yield Problem(
+            f"task.baseline optimal needs the gradient of every single step, which policy {task.policy.name} does not "
+            "have; take baseline: learned",
+            (("task", "baseline"),),
+        )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distml.errors import UsageError
 from distml.spec.base import ALL_OFFERS
 from distml.spec.matrix import refusal
-from distml.spec.rl import ActingTaskSpecs, ActorCriticSpec, OnPolicyBlock, PPOSpec
+from distml.spec.rl import ActingTaskSpecs, ActorCriticSpec, OnPolicyBlock, PPOSpec, ReinforceSpec
 from distml.spec.schema import ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec, StrategyBlock
 from distml.spec.tabular import BanditSpec, QLearningSpec, TabularBlock
 from distml.tasks.base import Task
@@ -24,6 +24,7 @@ PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 ON_POLICY: dict[type[OnPolicyBlock], tuple[str, str]] = {  # imported only when one is built
     ActorCriticSpec: ("distml.rl.actor_critic", "ActorCritic"),
     PPOSpec: ("distml.rl.ppo", "PPO"),
+    ReinforceSpec: ("distml.rl.reinforce", "Reinforce"),
 }
 
 
