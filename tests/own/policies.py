@@ -38,6 +38,14 @@ class Counter(nn.Module):
         return self.weight.expand(*observations.shape[:2], -1), torch.stack(values), (count,)
 
 
+class Noisy(Linear):
+    """Draws whenever it is asked."""
+
+    def forward(self, observations):
+        parameters, values = super().forward(observations)
+        return parameters + torch.rand(()), values
+
+
 class ValueColumn(Linear):
     """Forgets to squeeze the values."""
 
