@@ -75,7 +75,7 @@ class EvaluationSpec(Block):
 class PolicyBlock(Block):
     """What built-in policies have in common; the last two are for continuous actions only."""
 
-    trunk: Literal["shared", "separate"] = Field("shared", description="whether actor and critic share hidden layers")
+    trunk: Literal["shared", "separate"] = Field("separate", description="whether actor and critic share hidden layers")
     log_std: Annotated[float, Field(ge=-20.0, le=2.0)] = Field(0.0, description="of the Gaussian, at the start")
     squashed: bool = Field(False, description="tanh into the bounds, instead of clipping to them")
 
@@ -84,7 +84,6 @@ class MLPPolicySpec(PolicyBlock):
     """Fully connected layers."""
 
     name: Literal["mlp"]
-    trunk: Literal["shared", "separate"] = Field("separate", description="whether actor and critic share hidden layers")
     hidden: list[Count] = Field([64, 64], description="width of each hidden layer")
     activation: Literal["tanh", "relu"] = "tanh"
 
@@ -93,6 +92,7 @@ class CNNPolicySpec(PolicyBlock):
     """Convolutions over uint8 images [C, H, W], then one hidden layer (Mnih et al. 2015)."""
 
     name: Literal["cnn"]
+    trunk: Literal["shared", "separate"] = Field("shared", description="whether actor and critic share hidden layers")
     channels: list[Count] = Field([32, 64, 64], min_length=1)
     kernels: list[Count] = Field([8, 4, 3], min_length=1)
     strides: list[Count] = Field([4, 2, 1], min_length=1)
@@ -238,7 +238,9 @@ class TRPOSpec(RolloutBlock):
     damping: NonNegative = Field(0.1, description="multiple of the identity added to the Fisher matrix")
     cg_iterations: Count = Field(10, description="of conjugate gradients")
     line_search_steps: Count = Field(10, description="halvings of a step that would break the bound")
-    normalise_advantages: bool = True
+    value_step: Positive = Field(0.1, description="how far values go at once: their squared change, in squared errors")
+    value_iterations: Count = Field(5, description="such steps per update")
+    normalise_advantages: bool = Field(True, description="to mean 0 and variance 1 over all workers' rollouts")
 
 
 ActingTaskSpecs = ActorCriticSpec | ReinforceSpec | PPOSpec | TRPOSpec
