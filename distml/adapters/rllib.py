@@ -34,7 +34,7 @@ from distml.runs.directory import RunDirectory
 from distml.runs.display import Display
 from distml.runs.history import Goal
 from distml.runs.tensorboard import TensorBoardWriter
-from distml.spec.rllib import EVALUATED, RLlibSpec
+from distml.spec.rllib import EVALUATED, OFFLINE, RLlibSpec
 from distml.tasks.sources import SourceTree
 
 RESULT_EVERY_S = 1.0
@@ -125,6 +125,12 @@ class RLlibRun:
             self._iterate()
             scores = self._evaluate() if self.step % self.job.evaluate.every == 0 else None
         self.is_training = False
+        if not self.frames and self.job.algorithm not in OFFLINE and reason != "requested":
+            raise RunError(
+                f"no env runner has given a single frame in {self.step} iterations; RLlib only logs why: "
+                f"see {self.directory.logs}/rllib.log, or give them more time (stop, sample_timeout_s)",
+                role="rllib", phase="train", step=self.step,
+            )  # fmt: skip
         self._checkpoint()
         return self._finish(reason)
 
@@ -136,7 +142,8 @@ class RLlibRun:
             raise self._failure(error, "train") from error
         self.seconds += time.perf_counter() - began
         self.step = int(result["training_iteration"])
-        self.frames = int(result.get("num_env_steps_sampled_lifetime", 0))
+        if self.job.algorithm not in OFFLINE:  # for those RLlib counts what it has read
+            self.frames = int(result.get("num_env_steps_sampled_lifetime", 0))
         row: dict[str, Any] = {}
         if not self.has_started:
             self.has_started = True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib.util
 import logging
 import sys
 import threading
@@ -22,6 +24,7 @@ from distml.tasks.build import describe
 from distml.tasks.sources import SourceTree
 
 CLOSE_PATIENCE_S = 20.0
+LOGGERS = ("ray.rllib", "ray._common", "ray.data", "ray.train", "ray.tune", "py.warnings")  # of "ray", init takes care
 
 
 class Session:
@@ -55,6 +58,8 @@ class Session:
         """
         self.quiet.enter_context(diverted_output(self.logs / "ray.log"))
         self.quiet.enter_context(diverted_logging(self.logs / "rllib.log"))
+        if self.job.needs_msgpack and importlib.util.find_spec("msgpack_numpy") is None:
+            raise UsageError("RLlib writes and reads whole episodes with msgpack_numpy; pip install msgpack-numpy")
         environment: Any = make_environment({}, spec=self.job.environment, sources=self.sources)
         environment.close()
         try:
@@ -112,6 +117,8 @@ class Session:
             for folder in (Path(self.algorithm.logdir), Path(self.algorithm.logdir).parent):
                 with contextlib.suppress(OSError):  # RLlib makes ~/ray_results/…, and puts nothing there
                     folder.rmdir()
+            self.algorithm = None
+            gc.collect()  # what reads recorded episodes ends with its last reference, and needs Ray for it
         if self.owns_ray:
             ray.shutdown()
 
@@ -128,7 +135,7 @@ def diverted_logging(path: Path) -> Iterator[None]:
     """What RLlib logs and what libraries warn of goes to `path`, not to the terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
-    loggers = [logging.getLogger(name) for name in ("ray", "ray.rllib", "py.warnings")]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
     logging.captureWarnings(True)
     for logger in loggers:

@@ -125,6 +125,12 @@ class RLlibSpec(Block):
         """RLlib's keys for the algorithm: builder method and kinds of values of each."""
         return rllib_table.COMMON | rllib_table.ALGORITHMS[self.algorithm]
 
+    @property
+    def needs_msgpack(self) -> bool:
+        """Whether RLlib writes or reads files of whole episodes."""
+        writes = self.config.get("output") is not None and self.config.get("output_write_episodes", True)
+        return bool(writes or self.config.get("input_read_episodes"))
+
 
 # ---------------------------------------------------------------------------------------------------------------- rules
 def check_rllib(job: RLlibSpec) -> Iterator[Problem]:
