@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -121,11 +121,14 @@ def measure_all(
 def one_run(suite: Suite, one: Contender, ask: Ask, sampler: Sampler) -> dict[str, Any]:
     """Train, then evaluate all that was kept."""
     with tempfile.TemporaryDirectory(prefix="distml-bench-") as folder:
-        started = time.monotonic()
         kept = train(suite, one, ask, Path(folder))
-        ended = time.monotonic()
+    first, last = kept.at[0], kept.at[-1]
     run = numbers(kept, kept.returns(suite.environment), suite.threshold)
-    run |= {"seed": ask.seed, "others_cpus": sampler.grown("others_s", started, ended) / (ended - started)}
+    run |= {
+        "seed": ask.seed,
+        "cpu_us_per_frame": sampler.grown("processor_s", first, last) / (kept.frames[-1] - kept.frames[0]) * 1e6,
+        "others_cpus": sampler.grown("others_s", first, last) / (last - first),
+    }
     tell(f"seed {ask.seed}, {one.label}: {run_line(run)}")
     return run
 
@@ -139,7 +142,7 @@ def numbers(kept: Kept, returns: Sequence[float], threshold: float) -> dict[str,
         "seconds_to_solved": None if first is None else float(kept.seconds[first]),
         "frames": [int(value) for value in kept.frames],
         "seconds": [round(float(value), 4) for value in kept.seconds],
-        "returns": [round(value, 2) for value in returns],
+        "returns": [None if math.isnan(value) else round(value, 2) for value in returns],
     }
 
 
@@ -148,14 +151,15 @@ def run_line(run: Mapping[str, Any]) -> str:
     solved = "not solved"
     if run["frames_to_solved"] is not None:
         solved = f"solved at {run['frames_to_solved']:,} frames, {run['seconds_to_solved']:.1f} s"
-    share = statistics.fmean(value >= 0.95 * max(run["returns"]) for value in run["returns"][-10:])
-    return (f"{run['frames_per_s']:,.0f} frames/s, {solved}; best return {max(run['returns']):.0f}, last "
-            f"{run['returns'][-1]:.0f}, {share:.0%} of the last 10 near the best")  # fmt: skip
+    returns = [value for value in run["returns"] if value is not None]
+    ends = f"; returns up to {max(returns):.1f}, the last 10: {statistics.fmean(returns[-10:]):.1f}" if returns else ""
+    return f"{run['frames_per_s']:,.0f} frames/s, {run['cpu_us_per_frame']:.0f} us of processors each, {solved}{ends}"
 
 
 def over_seeds(one: Contender, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A contender's numbers over all seeds."""
     solved = [run["frames_to_solved"] is not None for run in runs]
+    last = [value for run in runs for value in run["returns"][-10:] if value is not None]
     return {
         "label": one.label,
         "workers": one.workers,
@@ -164,7 +168,8 @@ def over_seeds(one: Contender, runs: Sequence[Mapping[str, Any]]) -> dict[str, A
         "solved": sum(solved),
         "frames_to_solved": [run["frames_to_solved"] for run in runs],
         "seconds_to_solved": [run["seconds_to_solved"] for run in runs],
-        "last_return": statistics.fmean(run["returns"][-1] for run in runs),
+        "last_returns": statistics.fmean(last) if last else None,
+        "cpu_us_per_frame": summary([run["cpu_us_per_frame"] for run in runs]),
         "others_cpus": max(run["others_cpus"] for run in runs),
         "runs": list(runs),
     }
@@ -233,17 +238,8 @@ def tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
     """The contenders, and A3C by its workers where there are several: title, header, body, closing lines."""
     found: Mapping[str, Measured] = report["contenders"]
     about = report["conditions"]
-    header = [
-        "",
-        "frames/s",
-        "min",
-        "max",
-        "x SB3 A2C",
-        "solved",
-        "frames to solved",
-        "seconds to solved",
-        "last return",
-    ]
+    header = ["", "frames/s", "min", "max", "x SB3 A2C", "processor us", "solved", "frames to it", "seconds to it",
+              "last returns"]  # fmt: skip
     peer = found.get("sb3_a2c")
     title = f"{about['environment']}, {about['seeds']} seed{'s' if about['seeds'] > 1 else ''}"
     lines = [
@@ -262,9 +258,17 @@ def row(one: Measured, peer: Measured | None) -> list[str]:
     """A contender's line; medians over the seeds that were solved."""
     frames = [value for value in one["frames_to_solved"] if value is not None]
     seconds = [value for value in one["seconds_to_solved"] if value is not None]
-    return [one["label"], *cells(one["frames_per_s"], 0), f"{rate_ratio(one, peer):.2f}" if peer else "",
-            f"{one['solved']} of {len(one['runs'])}", f"{statistics.median(frames):,.0f}" if frames else "-",
-            f"{statistics.median(seconds):.2f}" if seconds else "-", f"{one['last_return']:.1f}"]  # fmt: skip
+    last = one["last_returns"]
+    return [
+        one["label"],
+        *cells(one["frames_per_s"], 0),
+        f"{rate_ratio(one, peer):.2f}" if peer else "",
+        f"{one['cpu_us_per_frame']['median']:.0f}",
+        f"{one['solved']} of {len(one['runs'])}",
+        f"{statistics.median(frames):,.0f}" if frames else "-",
+        f"{statistics.median(seconds):.2f}" if seconds else "-",
+        "-" if last is None else f"{last:.1f}",
+    ]
 
 
 def scaling_table(found: Sequence[Measured], cpus: int) -> tuple[str, list[str], list[list[str]], list[str]]:
@@ -303,6 +307,7 @@ def closing(report: Mapping[str, Any]) -> list[str]:
     return [
         f"solved: the first of three copies in a row, {EVERY:,} frames apart, whose return is {report['threshold']:g} "
         f"or more; return: {report['returns']}",
+        "processor us: of all its processes and threads, per frame; last returns: of the last 10 copies, all seeds",
         f"{EPISODES} episodes have seeds that nobody trains with; seconds of training alone; one torch thread each",
         f"{about['cpus']} CPUs, load before {about['load_before']}, strangers used up to {max(0.0, others):.2f} of "
         f"them meanwhile; torch {about['torch']}, ray {about['ray']}{version('stable-baselines3')}",

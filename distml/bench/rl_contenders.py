@@ -20,7 +20,7 @@ from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda
 
 START_S, SLOWEST_FRAMES_PER_S = 180.0, 100.0
-CLASSES = {"actor_critic": "KeepingActorCritic", "ppo": "KeepingPPO"}
+CLASSES = {"actor_critic": "KeepingActorCritic", "ppo": "KeepingPPO", "reinforce": "KeepingReinforce"}
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,10 @@ def _curves(axes: Axes, found: Mapping[str, Any], axis: str, report: Mapping[str
 
 
 def over_seeds(runs: Sequence[Mapping[str, Any]], axis: str) -> tuple[Array, Array, Array, Array]:
-    """[G] each: a common axis that all seeds cover, and the least, the median and the largest return there."""
+    """[G] each: an axis that all seeds cover, and the least, the median and the largest return there (NaN: none)."""
     first, last = max(run[axis][0] for run in runs), min(run[axis][-1] for run in runs)
     at = np.linspace(first, max(first, last), POINTS)
-    returns = np.stack([np.interp(at, run[axis], run["returns"]) for run in runs])  # [S, G]
+    returns = np.stack([np.interp(at, run[axis], np.array(run["returns"], float)) for run in runs])  # [S, G]
     return at, returns.min(0), np.median(returns, 0), returns.max(0)
 
 

@@ -60,13 +60,14 @@ class Keeper:
 
     Args:
         every: frames from one copy to the next.
-        clock: seconds.
+        clock: seconds; the same in all processes of a host.
     """
 
-    def __init__(self, every: int = EVERY, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, every: int = EVERY, clock: Callable[[], float] = time.monotonic) -> None:
         self.every, self.clock = every, clock
         self.frames: list[int] = []
         self.seconds: list[float] = []
+        self.at: list[float] = []
         self.copies: list[Arrays] = []
         self.started: float | None = None
         self.copying_s = 0.0
@@ -83,6 +84,7 @@ class Keeper:
         before = self.clock()
         assert self.started is not None
         self.seconds.append(before - self.started - self.copying_s)
+        self.at.append(before)
         self.frames.append(frames)
         self.copies.append(copy())
         self.copying_s += self.clock() - before
@@ -95,11 +97,8 @@ class Keeper:
             activation: between the layers that were kept.
         """
         stacked = {name: np.stack([copy[name] for copy in self.copies]) for name in (self.copies or [{}])[0]}
-        stacked |= {
-            "frames": np.array(self.frames),
-            "seconds": np.array(self.seconds),
-            ACTIVATION: np.array(activation),
-        }
+        stacked |= {"frames": np.array(self.frames), "seconds": np.array(self.seconds), "at": np.array(self.at),
+                    ACTIVATION: np.array(activation)}  # fmt: skip
         np.savez(path, **cast(Any, stacked))
 
 
@@ -110,12 +109,14 @@ class Kept:
     Attributes:
         frames: [K] that had been consumed.
         seconds: [K] of training until then.
+        at: [K], when that was by the host's monotonic clock.
         activation: between layers.
         arrays: [K, ...] each.
     """
 
     frames: Array
     seconds: Array
+    at: Array
     activation: str
     arrays: Mapping[str, Array]
 
@@ -124,8 +125,8 @@ class Kept:
         """What `Keeper.save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        frames, seconds, activation = (arrays.pop(name) for name in ("frames", "seconds", ACTIVATION))
-        return cls(frames, seconds, str(activation), arrays)
+        frames, seconds, at, activation = (arrays.pop(name) for name in ("frames", "seconds", "at", ACTIVATION))
+        return cls(frames, seconds, at, str(activation), arrays)
 
     @property
     def frames_per_s(self) -> float:
@@ -133,7 +134,7 @@ class Kept:
         return float((self.frames[-1] - self.frames[0]) / (self.seconds[-1] - self.seconds[0]))
 
     def returns(self, environment: str) -> list[float]:
-        """[K]: the mean return of greedy episodes, or of training episodes where those were kept."""
+        """[K]: the mean return of greedy episodes, or of training episodes where those were kept (NaN before any)."""
         if RETURN in self.arrays:
             return [float(value) for value in self.arrays[RETURN]]
         copies = ({name: values[k] for name, values in self.arrays.items()} for k in range(len(self.frames)))
@@ -181,6 +182,6 @@ def greedy_returns(
 def first_solved(returns: Sequence[float], threshold: float) -> int | None:
     """Which copy is the first of three in a row that reach the threshold."""
     for index in range(len(returns) - CONSECUTIVE + 1):
-        if min(returns[index : index + CONSECUTIVE]) >= threshold:
+        if all(value >= threshold for value in returns[index : index + CONSECUTIVE]):
             return index
     return None

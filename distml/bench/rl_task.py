@@ -20,7 +20,8 @@ from distml.rl.actor_critic import ActorCritic
 from distml.rl.on_policy import OnPolicyTask
 from distml.rl.policies import FeedForwardPolicy
 from distml.rl.ppo import PPO
-from distml.spec.rl import ActorCriticSpec, CNNPolicySpec, MLPPolicySpec, OnPolicyBlock, PPOSpec
+from distml.rl.reinforce import Reinforce
+from distml.spec.rl import ActorCriticSpec, CNNPolicySpec, MLPPolicySpec, OnPolicyBlock, PPOSpec, ReinforceSpec
 from distml.tasks.base import Mean, Part, Progress, Stream
 
 EPISODES_SEEN = 100
@@ -115,3 +116,9 @@ class KeepingPPO(Keeping, PPO):
     """PPO."""
 
     spec_class = PPOSpec
+
+
+class KeepingReinforce(Keeping, Reinforce):
+    """REINFORCE."""
+
+    spec_class = ReinforceSpec
