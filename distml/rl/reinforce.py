@@ -3,7 +3,8 @@
 Per valid step: -log pi(a_t|s_t) (G_t - w_t b) - entropy x H, summed over steps; the update divides by the number of
 episodes. G_t = sum_k>=t gamma^(k-t) w_k r_k. On-policy w = 1. With importance weights
 w_k = min(prod_j<=k pi(a_j)/mu(a_j), max_weight), per decision (Precup, Sutton & Singh 2000): a reward is weighted by
-the choices that led to it, not by those after it. As is usual, steps count the same whenever they come: there is no factor gamma^t (Nota & Thomas 2020).
+the choices that led to it, not by those after it. As is usual, a step counts the same whenever it comes: there is no
+factor gamma^t (Nota & Thomas 2020).
 
 Baselines b (none of them changes the gradient's mean):
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distml.errors import UsageError
 from distml.spec.base import ALL_OFFERS
 from distml.spec.matrix import refusal
-from distml.spec.rl import ActingTaskSpecs, ActorCriticSpec, OnPolicyBlock, PPOSpec, ReinforceSpec
+from distml.spec.rl import ActingTaskSpecs, ActorCriticSpec, OnPolicyBlock, PPOSpec, ReinforceSpec, TRPOSpec
 from distml.spec.schema import ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec, StrategyBlock
 from distml.spec.tabular import BanditSpec, QLearningSpec, TabularBlock
 from distml.tasks.base import Task
@@ -25,6 +25,7 @@ ON_POLICY: dict[type[OnPolicyBlock], tuple[str, str]] = {  # imported only when 
     ActorCriticSpec: ("distml.rl.actor_critic", "ActorCritic"),
     PPOSpec: ("distml.rl.ppo", "PPO"),
     ReinforceSpec: ("distml.rl.reinforce", "Reinforce"),
+    TRPOSpec: ("distml.rl.trpo", "TRPO"),
 }
 
 
