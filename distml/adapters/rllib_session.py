@@ -124,10 +124,14 @@ class Session:
 
 
 def explain(error: BaseException) -> str:
-    """A failure of RLlib's in one line: the cause that a process of Ray's met, not its traceback."""
-    while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
-        error = error.cause
-    return describe(error)
+    """A failure of RLlib's in one line: what a process of Ray's met, and what an error without words came from."""
+    while True:
+        if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
+            error = error.cause
+        elif not str(error) and (cause := error.__cause__ or error.__context__) is not None:
+            error = cause
+        else:
+            return describe(error)
 
 
 @contextlib.contextmanager

@@ -251,9 +251,10 @@ def check_resume(
     changed = changes(before.job, loaded.job)
     forbidden = [line for key, line in changed if key not in MAY_CHANGE]
     if forbidden:
+        init = f", or init: {{from: {directory.path}}} to start from its weights" if loaded.job.kind == "train" else ""
         raise UsageError(
             f"{directory.path} holds a run of another spec ({'; '.join(forbidden[:3])}); use --out DIR for a new run, "
-            f"--fresh to move the old one away, or init: {{from: {directory.path}}} to start from its weights"
+            f"--fresh to move the old one away{init}"
         )
     if earlier.status in ("done", "goal_met", "goal_missed") and not any(key == "stop" for key, _ in changed):
         return None
@@ -276,8 +277,10 @@ def changes(before: Block, after: Block) -> list[tuple[str, str]]:
 
 
 def _differences(path: str, old: Any, new: Any) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-        return [line for key in old for line in _differences(f"{path}.{key}", old[key], new[key])]
+    both = isinstance(old, dict) and isinstance(new, dict)
+    if both and (old.keys() == new.keys() or not {"name", "type"} & {*old, *new}):  # else: another block altogether
+        keys = {**old, **new}
+        return [line for key in keys for line in _differences(f"{path}.{key}", old.get(key), new.get(key))]
     return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
 
 

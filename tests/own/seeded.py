@@ -21,8 +21,8 @@ class Seeded(gym.Env):
     observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
     action_space = gym.spaces.Discrete(2)
 
-    def __init__(self, file: str) -> None:
-        self.file, self.left = Path(file), 0
+    def __init__(self, file: str, breaks_after: int | None = None) -> None:
+        self.file, self.left, self.breaks_after = Path(file), 0, breaks_after
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         if seed is not None:
@@ -33,4 +33,8 @@ class Seeded(gym.Env):
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         self.left -= 1
+        if self.breaks_after is not None:
+            self.breaks_after -= 1
+            if self.breaks_after < 0:
+                raise OSError("the motor is broken")
         return np.zeros(2, np.float32), 1.0, self.left <= 0, False, {}
