@@ -57,7 +57,7 @@ class OneHotEncoding:
 
     def tensor(self, observations: Tensor) -> Tensor:
         places = observations.reshape(len(observations), -1) + torch.from_numpy(self.offsets).to(observations.device)
-        return places.new_zeros((len(places), self.size), dtype=torch.float32).scatter_(1, places, 1.0)
+        return places.new_zeros((len(places), self.size), dtype=torch.float32).scatter(1, places, 1.0)
 
     def array(self, observations: Array) -> Array:
         places = observations.reshape(len(observations), -1) + self.offsets

@@ -141,6 +141,11 @@ def _trpo(job: JobSpec, task: TRPOSpec) -> Iterator[Problem]:
             "remove it",
             (("micro_batch_size",),),
         )
+    if getattr(job.strategy, "compression", None) is not None:
+        yield Problem(
+            "task trpo bounds each step as it is, and compressed ones would be others; remove strategy.compression",
+            (("strategy", "compression"),),
+        )
     if not isinstance(task.policy, OwnPolicySpec) and task.policy.trunk != "separate":
         yield Problem(
             "task trpo bounds the change of the policy alone, so the critic must not share its layers; "

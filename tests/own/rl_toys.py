@@ -82,3 +82,24 @@ class Arms(gym.Env):
 
     def step(self, action: int) -> Step:
         return np.ones(1, np.float32), self.rewards[action], True, False, {}
+
+
+class TwoPulls(gym.Env):
+    """Two pulls of one of two arms; it shows what was pulled. The second pays by both."""
+
+    first = np.array([0.0, 1.0])
+    second = np.array([[3.0, 0.0], [1.0, 2.0]])
+
+    def __init__(self) -> None:
+        self.observation_space, self.action_space = spaces.Discrete(3), spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.pulled: int | None = None
+        return 0, {}
+
+    def step(self, action: int) -> Step:
+        if self.pulled is None:
+            self.pulled = int(action)
+            return 1 + self.pulled, float(self.first[action]), False, False, {}
+        return 0, float(self.second[self.pulled, action]), True, False, {}
