@@ -40,7 +40,9 @@ def test_a_job_says_what_it_shows_and_how_to_run_it(path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
     assert lines[1] == f"# distml run {path.stem}"
-    assert load_spec(path).job.stop.goal.at_least >= 0.96
+    goal = load_spec(path).job.stop.goal
+    assert goal is not None
+    assert not path.stem.startswith(("digits", "own")) or goal.at_least >= 0.96
 
 
 def test_the_strategies_family_differs_in_strategy_workers_and_name_only():
