@@ -8,7 +8,7 @@ import pytest
 from own.oracle import job_of, spec_of, train
 
 from distml.errors import UsageError
-from distml.spec.matrix import Cell, matrix
+from distml.spec.matrix import Cell, built_in_tasks, matrix
 
 FREE = ("small:Small", "bn:BN", "dropout:Dropout", "target:Target", "grow:Grow", "anew:Anew", "uneven:Uneven",
         "gan_1d:GAN")  # fmt: skip
@@ -17,9 +17,21 @@ CELLS = matrix((name, frozenset(needs)) for name, needs in OWN.items())
 STEPS = 4
 
 
+ACTING = {name: {"environment": "CartPole-v1", "envs_per_worker": 2, "evaluation": {"episodes": 3, "max_frames": 20}}
+          for name in ("actor_critic", "reinforce", "ppo", "trpo")}  # fmt: skip
+ACTING |= {name: {**ACTING["ppo"], "environment": "FrozenLake-v1"} for name in ("q_learning", "sarsa")}
+SETTINGS = {**ACTING, "ppo": {**ACTING["ppo"], "n_steps": 8}, "trpo": {**ACTING["trpo"], "n_steps": 8},
+            "bandit": {"runs": 6}}  # fmt: skip
+
+
 def spec(cell: Cell) -> dict:
-    return spec_of(cell.task, strategy=cell.strategy.model_dump(), steps=STEPS, log={"every": 1, "to": []},
-                   workers=1 if cell.strategy.label == "single" else 3)  # fmt: skip
+    """A small job of a cell; what acts says itself how large its batches are, and two find their steps themselves."""
+    found = spec_of({"name": cell.task, **SETTINGS.get(cell.task, {})}, strategy=cell.strategy.model_dump(),
+                    steps=STEPS, log={"every": 1, "to": []}, workers=1 if cell.strategy.label == "single" else 3,
+                    optimizer={"name": "sgd", "lr": 1.0 if cell.task in ("trpo", "bandit") else 0.1})  # fmt: skip
+    if cell.task in SETTINGS:
+        del found["batch_size"]
+    return found
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.task}-{cell.strategy.label}")
@@ -37,13 +49,15 @@ def test_a_cell_trains_or_says_why_not(cell):
     assert {event.reason for event in trained.finished} == {"steps"}
     assert len(trained.finished) == len(trained.strategies)
     assert [event.version for event in trained.evaluated] == [STEPS]
-    assert math.isfinite(trained.evaluated[0].metrics["eval/loss"])
+    metrics = trained.evaluated[0].metrics
+    assert metrics
+    assert all(math.isfinite(value) for value in metrics.values())
 
 
 def test_the_matrix_has_both_kinds_of_cells():
     assert {(cell.task, cell.strategy.label) for cell in CELLS if not cell.trains} == {
         (task, label)
-        for task in ("centred:Centred", "fresh:Fresh")
+        for task in ("centred:Centred", "fresh:Fresh", "trpo", "bandit")
         for label in ("parameter_server/async", "parameter_server/ssp", "local_sgd")
     }
-    assert len(CELLS) == (len(OWN) + 2) * 6
+    assert len(CELLS) == (len(OWN) + len(built_in_tasks())) * 6
