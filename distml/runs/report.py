@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _PLAIN_WIDTH = 120  # columns of what does not go to a terminal
 _MAX_COMPARED_METRICS = 3
+_NUMBER_AT_END = re.compile(r"_\d+(\.\d+)?(e-?\d+)?$")
 
 
 # ----------------------------------------------------------------------------------------------------------------- show
@@ -228,9 +230,12 @@ def _episode_section(history: History) -> str:
 def _panels(history: History) -> list[Panel]:
     """What is drawn of one run, against steps; only what it reported."""
     scores = [name for name in history.metrics("eval/") if name != "eval/loss"]
+    played = [name for name in history.metrics("rl/") if _NUMBER_AT_END.search(name)]
     wanted = [
         ("Loss", "loss", ["train/loss", "eval/loss"], False),
-        *((name, name.removeprefix("eval/"), [name], False) for name in scores),
+        *((title, title.removeprefix("eval/"), names, False) for title, names in _families(scores)),
+        *((title, title.removeprefix("rl/"), names, False) for title, names in _families(played)),
+        ("Episode return in training", "return", ["rl/episode_return_mean"], False),
         ("Throughput", "per second", ["throughput/examples_per_s", "throughput/frames_per_s"], True),
         ("Time of a step", "seconds", ["timing/compute_s", "timing/exchange_s"], True),
         ("Staleness when consumed", "versions", ["staleness/mean", "staleness/max"], True),
@@ -244,6 +249,14 @@ def _panels(history: History) -> list[Panel]:
         if curves:
             panels.append(Panel(title, "step", y_label, curves, from_zero=from_zero))
     return panels
+
+
+def _families(names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Metrics whose names differ in nothing but a number at the end (`rl/optimal_share_0.1`), which are one chart."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(_NUMBER_AT_END.sub("", name), []).append(name)
+    return [(stem if len(members) > 1 else members[0], members) for stem, members in found.items()]
 
 
 # -------------------------------------------------------------------------------------------------------------- compare

@@ -15,7 +15,7 @@ from distml.errors import UsageError
 from distml.runs.display import LiveDisplay, PlainDisplay, make_display
 from distml.runs.history import Goal, History
 from distml.runs.plots import Curve, Panel, draw
-from distml.runs.report import compare, show
+from distml.runs.report import _panels, compare, show
 from distml.runs.tensorboard import TensorBoardWriter
 from distml.runs.units import byte_size, duration, number
 
@@ -60,6 +60,19 @@ def test_the_page_is_self_contained_and_complete(tmp_path, make_run):
     assert {"Loss", "eval/accuracy", "Throughput", "Time of a step", "Staleness when consumed"} <= set(titles)
     assert "strategy: {name: all_reduce}" in page
     assert "process_group" in page
+
+
+def test_metrics_that_differ_in_a_number_are_one_chart(tmp_path, make_run):
+    run = make_run(tmp_path / "run")
+    shares = {f"{kind}/optimal_share_{epsilon}": 0.5 for kind in ("rl", "eval") for epsilon in ("0", "0.01", "1e-05")}
+    rows = [{"step": step, "train/loss": 1.0, "rl/frames": step, "eval/top_5": 0.9, **shares} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(panel.title, [curve.label for curve in panel.curves]) for panel in _panels(History.load(run))] == [
+        ("Loss", ["train/loss"]),
+        ("eval/optimal_share", ["eval/optimal_share_0", "eval/optimal_share_0.01", "eval/optimal_share_1e-05"]),
+        ("eval/top_5", ["eval/top_5"]),
+        ("rl/optimal_share", ["rl/optimal_share_0", "rl/optimal_share_0.01", "rl/optimal_share_1e-05"]),
+    ]
 
 
 def test_plots_are_of_what_was_reported(tmp_path, make_run):
