@@ -79,6 +79,10 @@ class Words:
         self.array[index * self.PER_LINE] = np.uint32(value & 0xFFFFFFFF)
         futex_wake(self.address + index * CACHE_LINE)
 
+    def put(self, index: int, value: int) -> None:
+        """Store where nobody sleeps."""
+        self.array[index * self.PER_LINE] = value & 0xFFFFFFFF
+
     def sleep(self, index: int, value: int, seconds: float) -> bool:
         """Sleep while the word has this value; False after `seconds`."""
         return futex_wait(self.address + index * CACHE_LINE, value, seconds)

@@ -10,6 +10,7 @@ from typing import Any
 from distml.spec.schema import JobSpec
 
 SNAPSHOT_EVERY = 10
+SNAPSHOT_AFTER_S = 0.5  # asynchronous workers: no sooner, however fast their steps are
 
 
 def crossed(previous: int, version: int, every: int) -> bool:

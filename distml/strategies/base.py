@@ -13,7 +13,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -226,11 +226,10 @@ class Strategy(ABC):
     @property
     def spent(self) -> Spent:
         """What the run has used up at this version."""
-        progress = self.progress
-        return Spent(progress.version, progress.examples, progress.frames, self.train_seconds)
+        return Spent(self.progress.version, self.progress.examples, self.progress.frames)
 
     def _advance(self, spent: Spent, finished: str | None, duties: tuple[str, ...]) -> None:
-        fraction = self.agenda.fraction(replace(spent, seconds=self.train_seconds))
+        fraction = self.agenda.fraction(Spent(spent.version, spent.examples, spent.frames, self.train_seconds))
         self.progress = Progress(spent.version, spent.examples, spent.frames, fraction)
         self.finished, self.duties = finished, duties
 

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -44,7 +45,7 @@ from distml.exchange.flat import TAIL, from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
 from distml.exchange.segment import Regions
 from distml.spec.schema import JobSpec, ParameterServerSpec
-from distml.strategies.agenda import Agenda, Spent, crossed
+from distml.strategies.agenda import SNAPSHOT_AFTER_S, Agenda, Spent, crossed
 from distml.strategies.base import Strategy
 from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
 from distml.strategies.shard import Entry, shard_range
@@ -80,6 +81,7 @@ class Clock:
         self.heads: dict[tuple[int, int], Head] = {}
         self.evaluators: set[int] = set()
         self.evaluation_waits = False
+        self.snapshot_at = -math.inf  # on the host's monotonic clock
         self.carried: dict[int, tuple[Array | None, dict[str, Array], float]] = {}
         self.tally = Tally()
 
@@ -295,12 +297,23 @@ class Clock:
         duties = self.agenda.duties(self.version, self.finished)
         if self.is_sync:
             return duties
+        duties = self._without_hurried_snapshot(duties)
         if self.evaluation_waits and "evaluate" not in duties and self.finished is None:
             duties = ("evaluate", *duties)
         if "evaluate" in duties and self.evaluators and self.finished is None:
             self.evaluation_waits = True  # one evaluation at a time: this one follows when the other is done
             return tuple(duty for duty in duties if duty != "evaluate")
         self.evaluation_waits = self.evaluation_waits and "evaluate" not in duties
+        return duties
+
+    def _without_hurried_snapshot(self, duties: tuple[str, ...]) -> tuple[str, ...]:
+        """A snapshot costs as much as some updates of a small model: one that only recovery needs may be left out."""
+        if "snapshot" not in duties:
+            return duties
+        now = time.monotonic()
+        if "checkpoint" not in duties and now < self.snapshot_at + SNAPSHOT_AFTER_S:
+            return tuple(duty for duty in duties if duty != "snapshot")
+        self.snapshot_at = now
         return duties
 
     def _average_carried(self) -> tuple[Array | None, dict[str, Array]]:
@@ -342,6 +355,7 @@ class Clock:
             "arrived": [[*key, sorted(servers)] for key, servers in self.arrived.items()],
             "heads": [dump_head(head) for head in self.heads.values()],
             "evaluators": sorted(self.evaluators), "away": sorted(self.away), "evaluation_waits": self.evaluation_waits,
+            "snapshot_at": self.snapshot_at,
             "carried": {
                 "ranks": [[rank, *row] for rank, row in self.carried.items()],
                 "heads": [[head.carried, head.integers, head.base, head.sums] for head in self.heads.values()],
@@ -351,7 +365,7 @@ class Clock:
 
     def restore(self, dump: Mapping[str, Any]) -> None:
         """The inverse of `dump`."""
-        for name in ("version", "examples", "frames", "number"):
+        for name in ("version", "examples", "frames", "number", "snapshot_at"):
             setattr(self, name, dump[name])
         self.finished, self.evaluation_waits = dump["finished"], dump["evaluation_waits"]
         self.agenda.load_state(dump["agenda"])

@@ -25,7 +25,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -234,13 +234,13 @@ class SharedServers:
             if self.words.get(WRITING):
                 self.host.abort()
                 raise PeerLost(f"rank {self.rank} waited for {awaited}: a worker died in the midst of an update")
-            self.words.set(WRITING, 1)
+            self.words.put(WRITING, 1)
             self._read()
             for rank in self._dead():
                 self._forget(rank)
             yield
             self._write()
-            self.words.set(WRITING, 0)
+            self.words.put(WRITING, 0)
         finally:
             fcntl.flock(self.host.segment.descriptor, fcntl.LOCK_UN)
             self.words.set(RELEASED, time.monotonic_ns())
@@ -314,8 +314,8 @@ class SharedServers:
         place = (self.words.get(PLACE) + 1) & 0xFFFFFFFF
         self.books[place % 2, 8 : 8 + len(text)] = np.frombuffer(text, np.uint8)
         self.books[place % 2, :8].view(np.int64)[0] = len(text)
-        self.words.set(FINISHED, self.clock.finished is not None)
-        self.words.set(PLACE, place)
+        self.words.put(FINISHED, self.clock.finished is not None)
+        self.words.put(PLACE, place)
         self.read_place = place
 
     # -------------------------------------------------------------------------------------------------------- exchange
@@ -382,7 +382,7 @@ class SharedServers:
                 reply.grad_norm = norm
                 self.book.answers.append((rank, ticket, reply, self.book.newest))
                 self.book.readers[rank] = self.book.newest
-        if entries:
+        if any(rank != self.rank for entry in entries for rank, _ in entry.members):
             self.words.set(EVENTS, self.words.get(EVENTS) + 1)
 
     def _apply(self, entry: Entry) -> float | None:
@@ -393,7 +393,7 @@ class SharedServers:
         messages = {rank: self.everyones[self.host.ranks.index(rank)][start + TAIL * entry.phase :][: stop - start]
                     for rank, _ in entry.members}  # fmt: skip
         squares: list[float] = []
-        kept = replace(entry, capture=False)
+        captures, entry.capture = entry.capture, False  # by the shards
         for shard in self.shards:
             part = slice(*shard.range)
             shard.weights = self.buffers[target][part]
@@ -402,14 +402,14 @@ class SharedServers:
             own = shard.phase_slice(entry.phase)
             for rank, ticket in entry.members:
                 shard.hold(rank, ticket, messages[rank][own])
-            squares += shard.reduce(kept)
-            shard.apply(kept, None)
+            squares += shard.reduce(entry)
+            shard.apply(entry, None)
             for message in messages.values():
                 message[own].zero_()
             self.host.at("update")
         self.book.newest = target
         self.book.updates += entry.last_phase
-        if entry.capture:
+        if captures:
             self._capture(entry)
         self.host.at("publish")
         return math.sqrt(sum(squares)) if entry.needs_norm else None

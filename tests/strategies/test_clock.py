@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from own.oracle import job_of, spec_of
 
 from distml.exchange.channel import PULL, Head, Reply
+from distml.strategies import parameter_server
 from distml.strategies.agenda import Agenda
 from distml.strategies.base import REQUESTED, TIMED_OUT
 from distml.strategies.parameter_server import Clock
@@ -302,7 +304,9 @@ def play(workers: Workers, choices: random.Random, moves: int, hand_over) -> lis
 
 
 @pytest.mark.parametrize(("mode", "bound"), [("sync", None), ("async", None), ("ssp", 1)])
-def test_a_clock_goes_on_from_another_ones_dump_at_any_moment(mode, bound):
+def test_a_clock_goes_on_from_another_ones_dump_at_any_moment(mode, bound, monkeypatch):
+    monkeypatch.setattr(parameter_server, "time", SimpleNamespace(monotonic=lambda: 5.0))
+
     def move_on(workers: Workers) -> None:
         dump = through_json(workers.clock.dump())
         workers.clock = Clock(workers.clock.job, Agenda(workers.clock.job, updates_per_round=3), 1)
@@ -322,3 +326,25 @@ def test_a_clock_goes_on_from_another_ones_dump_at_any_moment(mode, bound):
 
 
 CONSTANT = {"job", "agenda", "num_phases", "is_sync", "num_servers", "bound", "prefetch", "scales"}
+
+
+def test_snapshots_of_fast_asynchronous_workers_are_left_out_but_not_checkpoints():
+    spec = spec_of(workers=1, strategy={"name": "parameter_server", "mode": "async"}, steps=100,
+                   checkpoint={"every": 35})  # fmt: skip
+    job = job_of(spec)
+
+    def due(seconds_ago: float) -> dict[int, tuple[str, ...]]:
+        """Duties by version, where before each one the last snapshot is put so far back."""
+        clock, found = Clock(job, Agenda(job, snapshot_every=10), 1), {}
+        clock.begin([0])
+        for ticket in range(70):
+            clock.snapshot_at -= seconds_ago
+            (entry,) = clock.arrive(0, 0, ticket, Head(0, ticket, 0, clock.version, 1.0, rows=1.0))
+            if entry.replies[0, ticket].duties:
+                found[clock.version] = entry.replies[0, ticket].duties
+        return found
+
+    snapshot, both = ("snapshot",), ("checkpoint", "snapshot")
+    assert due(0.0) == {10: snapshot, 35: both, 70: both}
+    assert due(60.0) == {10: snapshot, 20: snapshot, 30: snapshot, 35: both, 40: snapshot, 50: snapshot, 60: snapshot,
+                         70: both}  # fmt: skip
