@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from distml.runs.directory import RunDirectory
 from distml.spec.loader import load_spec
 from distml.spec.rl import ActingBlock
 from distml.spec.schema import JobSpec
+
+if TYPE_CHECKING:
+    from distml.launch.evaluate import TrainedModel
 
 Array = NDArray[Any]
 
@@ -35,8 +38,10 @@ def draw_episode(run: Path) -> str | None:
     job = load_spec(directory.spec).job
     if not isinstance(job, JobSpec) or not isinstance(job.task, ActingBlock):
         return None
+    from distml.launch.evaluate import load_model
+
     try:
-        frames, total, steps = play(run)
+        frames, total, steps = play(load_model(run))
         write_gif(directory.episode, frames)
     except UsageError as error:
         return f"no episode.gif: {error}"
@@ -45,19 +50,17 @@ def draw_episode(run: Path) -> str | None:
     return f"episode: {directory.episode} ({steps} steps, return {total:g})"
 
 
-def play(run: Path) -> tuple[list[Array], float, int]:
+def play(trained: TrainedModel) -> tuple[list[Array], float, int]:
     """Pictures [H, W, 3] uint8, return and length of one greedy episode on a seed that training never sees.
 
     Raises:
-        UsageError: there is no checkpoint, or the environment cannot be drawn.
+        UsageError: the environment cannot be drawn.
     """
-    from distml.launch.evaluate import load_model
     from distml.rl.environments import Environments, evaluation_seeds
     from distml.rl.evaluation import Plays, unclipped
 
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame would look for a screen and a sound card
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
-    trained = load_model(run)
     task = trained.task
     assert isinstance(task, Plays)
     spec = unclipped(task.spec.environment)
