@@ -89,8 +89,8 @@ class TabularTask(Task):
             return Table(observations, actions)
         what, space = ("actions", actions) if isinstance(observations, Discrete) else ("observations", observations)
         raise UsageError(
-            f"environment {self.spec.environment.id} has {what} {space}, and a table is for Discrete ones; "
-            "take another environment, or a task with a network such as actor_critic"
+            f"environment {self.spec.environment.id} has {what} {' '.join(str(space).split())}, and a table is for "
+            "Discrete ones; take another environment, or a task with a network such as actor_critic"
         )
 
     def stream(self, part: Part) -> TabularStream:

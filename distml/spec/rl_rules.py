@@ -162,7 +162,7 @@ def _takes_whole_steps(job: JobSpec) -> bool:
     return plain and not any(rest) and optimizer.schedule.name == "constant"
 
 
-def check_bandit(job: JobSpec) -> Iterator[Problem]:
+def check_bandit(job: JobSpec, task: BanditSpec) -> Iterator[Problem]:
     """Every rule that a job of the bandit testbed breaks."""
     if not _takes_whole_steps(job):
         yield Problem(
@@ -176,6 +176,9 @@ def check_bandit(job: JobSpec) -> Iterator[Problem]:
             "remove strategy.compression",
             (("strategy", "compression"),),
         )
+    twice = [epsilon for index, epsilon in enumerate(task.epsilons) if epsilon in task.epsilons[:index]]
+    if twice:
+        yield Problem(f"task.epsilons has {twice[0]:g} twice, which is one metric; keep one", (("task", "epsilons"),))
     if job.precision != "fp32":
         yield Problem(f"precision {job.precision} would round the sample averages; set fp32", (("precision",),))
     if job.stop.epochs is not None:

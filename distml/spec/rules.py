@@ -47,7 +47,7 @@ def check_rules(job: JobSpec, own_needs: frozenset[str] | None = None) -> Iterat
     if isinstance(job.task, ActingBlock):
         yield from check_acting(job, job.task)
     if isinstance(job.task, BanditSpec):
-        yield from check_bandit(job)
+        yield from check_bandit(job, job.task)
 
 
 def _strategy(job: JobSpec) -> Iterator[Problem]:

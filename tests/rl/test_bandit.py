@@ -144,7 +144,9 @@ def test_the_long_run_share_where_all_values_are_known():
     assert known["optimal_share_0"] == 1.0
     assert known["optimal_share_0.01"] == pytest.approx(0.991)
     assert known["optimal_share_0.1"] == pytest.approx(0.91)
-    assert known["reward_0"] == pytest.approx(task.values(0, 1000).max(1).mean())
+    largest, mean = task.values(0, 1000).max(1).mean(), task.values(0, 1000).mean()
+    assert known["reward_0"] == pytest.approx(largest)
+    assert known["reward_0.1"] == pytest.approx(0.9 * largest + 0.1 * mean)
 
 
 def test_parts_of_an_evaluation_add_up():
@@ -181,6 +183,7 @@ def test_the_long_run_share_is_played(monkeypatch):
         ({"batch_size": 5}, "batch_size 5 is not task.runs 7"),
         ({"precision": "bf16"}, "precision bf16 would round"),
         ({"stop": {"epochs": 1}}, "set stop.steps"),
+        ({"task": {"name": "bandit", "runs": 7, "epsilons": [0.1, 0, 0.10]}}, "task.epsilons has 0.1 twice"),
         ({"stop": {"frames": 1}}, "stop.frames counts environment steps, and task bandit takes none"),
         ({"strategy": "local_sgd"}, "needs one_version, which local_sgd does not offer"),
         ({"resources": {"workers": 8}}, "batch_size 7 is shared out over 8 workers"),

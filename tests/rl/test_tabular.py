@@ -139,6 +139,22 @@ def test_sarsa_takes_the_action_that_its_target_counted_on(autoreset):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("autoreset", ["next_step", "same_step"])
+def test_actions_belong_to_the_states_that_they_are_taken_in(name, autoreset):
+    """Also an episode's first, where the state before it in the stream is the last of another."""
+    environment = {"id": "CliffWalking-v1", "max_episode_steps": 3, "autoreset": autoreset}
+    stream, model = stream_of(name, environment, num_envs=5, epsilon={"start": 0.0, "end": 0.0})
+    with torch.no_grad():
+        model.values.copy_(torch.rand(48, 4, generator=torch.Generator().manual_seed(1)))
+        model.values[36] = torch.tensor([1.0, 0.0, 0.0, 0.0])  # up, away from the cliff
+    batches = [stream.next(model, Progress()) for _ in range(12)]
+    states, actions = (torch.cat(column) for column in list(zip(*batches, strict=True))[:2])
+    best = model.values.detach().argmax(1)
+    assert len(set(best[states].tolist())) > 1
+    assert torch.equal(actions, best[states])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("autoreset", ["next_step", "same_step"])
 def test_an_end_is_told_from_a_limit_and_nothing_else_is_counted(name, autoreset):
     """Dry lake, always right and down: episodes end in a hole or at the limit of 3 steps, in states of their own."""
     environment = {"id": LAKE, "args": {"is_slippery": False}, "max_episode_steps": 3, "autoreset": autoreset}
