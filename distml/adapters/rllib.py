@@ -68,7 +68,7 @@ class RLlibRun:
         self.start_step, self.step, self.frames, self.seconds = 0, 0, 0, 0.0
         self.scores: dict[str, Any] | None = None  # the evaluation of the step that the run goes on from
         self.saved: set[int] = set()
-        self.reported, self.result_written_at = (0, 0.0), 0.0
+        self.reported, self.heard, self.result_written_at = (0, 0.0), 0.0, 0.0
         self.has_started, self.is_training, self.asked_to_stop = False, False, False
 
     @property
@@ -95,7 +95,7 @@ class RLlibRun:
             self.saved = {self.step}
             self.frames, self.seconds = int(checkpoint.state["frames"]), float(checkpoint.state["wall_s"])
             self.best = self._stored_best()
-        self.reported = self.frames, self.seconds
+        self.reported, self.heard = (self.frames, self.seconds), self.seconds
         self.directory.metrics.cut_back(self.step if self.step else -1)
         for row in self.directory.metrics.read():
             self.metrics |= {name: value for name, value in row.items() if "/" in name}
@@ -124,14 +124,10 @@ class RLlibRun:
                 self._checkpoint()
             self._iterate()
             scores = self._evaluate() if self.step % self.job.evaluate.every == 0 else None
-        self.is_training = False
         if not self.frames and self.job.algorithm not in OFFLINE and reason != "requested":
-            raise RunError(
-                f"no env runner has given a single frame in {self.step} iterations; RLlib only logs why: "
-                f"see {self.directory.logs}/rllib.log, or give them more time (stop, sample_timeout_s)",
-                role="rllib", phase="train", step=self.step,
-            )  # fmt: skip
+            raise self._silent(f"not a single frame in {self.step} iterations")
         self._checkpoint()
+        self.is_training = False
         return self._finish(reason)
 
     def _iterate(self) -> None:
@@ -143,13 +139,25 @@ class RLlibRun:
         self.seconds += time.perf_counter() - began
         self.step = int(result["training_iteration"])
         if self.job.algorithm not in OFFLINE:  # for those RLlib counts what it has read
-            self.frames = int(result.get("num_env_steps_sampled_lifetime", 0))
+            self._count(int(result.get("num_env_steps_sampled_lifetime", 0)))
         row: dict[str, Any] = {}
         if not self.has_started:
             self.has_started = True
             row["timing/start_s"] = began - self.started
         if self.step % self.job.log.every == 0 or self._over(None) is not None or row:
             self._report(row | training_metrics(result))
+
+    def _count(self, frames: int) -> None:
+        """RLlib goes on when its env runners fail, restarts them for hours, and only logs why."""
+        if frames > self.frames:
+            self.frames, self.heard = frames, self.seconds
+        limit = self.job.limits.lost_after_s
+        if self.seconds - self.heard > limit:
+            raise self._silent(f"no new frame for {limit:g} s of training (limits.lost_after_s)")
+
+    def _silent(self, what: str) -> RunError:
+        return RunError(f"{what} from the env runners; RLlib only logs why, see {self.directory.logs}/rllib.log",
+                        role="rllib", phase="train", step=self.step)  # fmt: skip
 
     def _report(self, row: dict[str, Any]) -> None:
         frames, seconds = self.reported

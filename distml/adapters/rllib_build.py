@@ -57,7 +57,10 @@ def make_config(
     register_env(job.environment.id, functools.partial(make_environment, spec=job.environment, sources=sources))
     config: AlgorithmConfig = ALGORITHMS[job.algorithm]()[1]
     config.environment(env=job.environment.id, is_atari=job.environment.id.startswith("ALE/"))
-    config.debugging(log_sys_usage=False, seed=TRAINING_SEEDS + mix(job.seed, start, 0) % TRAINING_SEEDS)
+    # With whole episodes RLlib's env runners take their seed again at every call: all would start in the same states.
+    seeded = job.config.get("batch_mode") != "complete_episodes"
+    seed = TRAINING_SEEDS + mix(job.seed, start, 0) % TRAINING_SEEDS if seeded else None
+    config.debugging(log_sys_usage=False, seed=seed)
     for key, value in job.config.items():
         method = job.keys[key].split()[0]
         getattr(config, method)(**{key: value})

@@ -101,6 +101,7 @@ class RLlibResourcesSpec(Block):
 
 class RLlibLimitsSpec(Block):
     start_s: Positive = Field(120.0, description="until the Ray cluster answers")
+    lost_after_s: Positive = Field(300.0, description="of training without a new frame: env runners are taken for dead")
 
 
 class RLlibSpec(Block):

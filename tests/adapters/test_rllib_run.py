@@ -173,6 +173,15 @@ def test_evaluations_have_seeds_of_their_own_and_count_each_first_episode_once(s
     session.close()
 
 
+def test_whole_episodes_do_not_start_in_the_same_states_again(seeded_spec, train, tmp_path):
+    """RLlib's env runners take their seed again at every call that is for whole episodes."""
+    for mode in ("truncate_episodes", "complete_episodes"):
+        train(seeded_spec()[0], {"config.batch_mode": mode, "stop.steps": 3}, fresh=True)
+        seeds = [int(line) for line in (tmp_path / "seeds").read_text().split()]
+        trained = [seed for seed in seeds if seed >= TRAINING_SEEDS]
+        assert len(trained) == len(set(trained))
+
+
 def test_the_best_checkpoint_is_kept_and_a_long_episode_is_cut(train, spec, tmp_path):
     spec["checkpoint"] = {"every": 1, "keep": 1, "best": {"metric": "eval/return_mean", "mode": "max"}}
     spec["evaluate"] = {"every": 1, "episodes": 2, "max_frames": 1}
@@ -218,7 +227,7 @@ def test_arguments_of_training_jobs_are_refused(spec, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_without_a_single_frame_is_no_success(train, spec, tmp_path, monkeypatch):
+def test_a_run_without_a_single_frame_is_no_success(train, spec, tmp_path):
     """RLlib only logs that its env runners failed, and goes on."""
     from distml.adapters.rllib import RLlibRun
 
@@ -229,8 +238,11 @@ def test_a_run_without_a_single_frame_is_no_success(train, spec, tmp_path, monke
         one = RLlibRun(job, run, SourceTree(), None, SilentDisplay(), 0.0)
         one.build(False)
         one.algorithm.train = lambda: {"training_iteration": one.step + 1}
-        with pytest.raises(RunError, match="no env runner has given a single frame in 2 iterations"):
+        with pytest.raises(RunError, match="not a single frame in 2 iterations from the env runners"):
             one.train()
+        one.heard = -job.limits.lost_after_s
+        with pytest.raises(RunError, match="no new frame for 300 s"):
+            one._iterate()
         one.close()
 
 
