@@ -24,7 +24,7 @@ def reinforce(**changes):
     "environment",
     [
         {"id": "CartPole-v1"},
-        {"id": "CartPole-v1", "vectorization": "sync", "max_episode_steps": 15},
+        {"id": "CartPole-v1", "vectorization": "sync", "max_episode_steps": 20},
         {"id": "CartPole-v1", "vectorization": "sync", "autoreset": "same_step"},
     ],
     ids=["vector", "sync", "same_step"],
@@ -52,7 +52,7 @@ def test_every_environment_plays_exactly_one_episode_from_its_start(environment)
         starts.append(rollout.observations[0])
     assert not torch.equal(starts[0], starts[1])  # other episodes each time
     if "max_episode_steps" in environment:
-        assert int(batches[0].rollout.truncated.sum()) > 0
+        assert any(batch.rollout.truncated.any() for batch in batches)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
