@@ -345,17 +345,14 @@ class Clock:
     def dump(self) -> dict[str, Any]:
         """Everything that the clock knows, for another one to go on in the midst of an exchange.
 
-        Plain values and bytes, but for the buffers' arrays, which stand under "carried" alone.
+        What marshal takes, but for the buffers' arrays, which stand under "carried" alone. The clock goes on with the
+        same containers: to be written down at once.
         """
         return {
-            "version": self.version, "examples": self.examples, "frames": self.frames, "number": self.number,
-            "finished": self.finished, "agenda": self.agenda.state(),
-            **{name: [list(row) for row in getattr(self, name).items()] for name in BY_RANK},
+            **{name: getattr(self, name) for name in (*PLAIN, *BY_RANK)},
+            "agenda": self.agenda.state(),
             "held": [dump_head(head) for head in self.held],
-            "arrived": [[*key, sorted(servers)] for key, servers in self.arrived.items()],
             "heads": [dump_head(head) for head in self.heads.values()],
-            "evaluators": sorted(self.evaluators), "away": sorted(self.away), "evaluation_waits": self.evaluation_waits,
-            "snapshot_at": self.snapshot_at,
             "carried": {
                 "ranks": [[rank, *row] for rank, row in self.carried.items()],
                 "heads": [[head.carried, head.integers, head.base, head.sums] for head in self.heads.values()],
@@ -365,28 +362,25 @@ class Clock:
 
     def restore(self, dump: Mapping[str, Any]) -> None:
         """The inverse of `dump`."""
-        for name in ("version", "examples", "frames", "number", "snapshot_at"):
+        for name in (*PLAIN, *BY_RANK):
             setattr(self, name, dump[name])
-        self.finished, self.evaluation_waits = dump["finished"], dump["evaluation_waits"]
         self.agenda.load_state(dump["agenda"])
-        for name in BY_RANK:
-            setattr(self, name, dict(dump[name]))
         self.held = [Head(*row) for row in dump["held"]]
-        self.arrived = {(rank, ticket): set(servers) for rank, ticket, servers in dump["arrived"]}
         heads = [Head(*row) for row in dump["heads"]]
         for head, arrays in zip(heads, dump["carried"]["heads"], strict=True):
             head.carried, head.integers, head.base, head.sums = arrays
         self.tally.restore(dump["tally"])
         self.heads = {(head.rank, head.ticket): head for head in heads}
-        self.evaluators, self.away = set(dump["evaluators"]), set(dump["away"])
         self.carried = {rank: (vector, integers, weight) for rank, vector, integers, weight in dump["carried"]["ranks"]}
 
 
+PLAIN = ("version", "examples", "frames", "number", "finished", "arrived", "evaluators", "away", "evaluation_waits",
+         "snapshot_at")  # fmt: skip
 BY_RANK = ("computing", "awaited", "newest", "joined", "last_tickets", "contributed")  # a clock's mappings of ranks
 
 
 def dump_head(head: Head) -> list[Any]:
-    """A head's arguments without its arrays: JSON values."""
+    """A head's arguments without its arrays."""
     return [head.rank, head.ticket, head.phase, head.read_version, head.count, head.vote, None, {}, head.rows,
             head.frames, head.place]  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import marshal
 import random
 from types import SimpleNamespace
 
@@ -267,10 +267,10 @@ def test_buffers_are_averaged_by_the_examples_since_the_last_average():
     assert reply.integers["n"] == 0
 
 
-def through_json(dump: dict) -> dict:
-    """As it would come back from a segment or a file; the buffers' arrays are no part of the text."""
+def as_read(dump: dict) -> dict:
+    """As it would come back from a segment; the buffers' arrays are no part of the text."""
     carried = dump["carried"]
-    return json.loads(json.dumps({key: value for key, value in dump.items() if key != "carried"})) | {
+    return marshal.loads(marshal.dumps({key: value for key, value in dump.items() if key != "carried"})) | {
         "carried": copy.deepcopy(carried)
     }
 
@@ -308,7 +308,7 @@ def test_a_clock_goes_on_from_another_ones_dump_at_any_moment(mode, bound, monke
     monkeypatch.setattr(parameter_server, "time", SimpleNamespace(monotonic=lambda: 5.0))
 
     def move_on(workers: Workers) -> None:
-        dump = through_json(workers.clock.dump())
+        dump = as_read(workers.clock.dump())
         workers.clock = Clock(workers.clock.job, Agenda(workers.clock.job, updates_per_round=3), 1)
         workers.clock.restore(dump)
 
