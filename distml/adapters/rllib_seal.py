@@ -3,9 +3,9 @@
 A SHA-256 manifest says that nothing was damaged, not who wrote it. So every checkpoint carries an HMAC over its files
 and step, under a random key in RUN/rllib.key that only its owner may read. A whole run directory that comes from
 somewhere else brings a key of its own, so the key file's change time (nanoseconds, set by the kernel, in no archive) is
-part of the HMAC's key: an archive that is unpacked, a copy and a `chmod` all change it, and what they bring is refused.
-Renaming the run directory does not. This protects against files from elsewhere, not against whoever already may write
-with the owner's rights here.
+part of the HMAC's key: an archive that is unpacked, a copy and a `chmod` all change it, and what they bring is refused,
+as is a key that another user made here. Renaming the run directory changes nothing. This protects against files from
+elsewhere, not against whoever may already write with this user's rights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import hmac
 import json
 import os
 import secrets
-import stat
 from pathlib import Path
 
 from distml.errors import UsageError
@@ -28,7 +27,7 @@ KEY_FILE, SEAL_FILE, RLLIB_FOLDER = "rllib.key", "seal.json", "rllib"
 def make_key(run: Path) -> None:
     """Give the run directory its key, if it has none."""
     try:
-        handle = os.open(run / KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        handle = os.open(run / KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return
     with os.fdopen(handle, "w") as file:
@@ -77,11 +76,10 @@ def _key(run: Path) -> bytes:
     """The key's text and its file's change time.
 
     Raises:
-        PermissionError: others than the owner could have read or written it.
+        PermissionError: another user made it, who could have sealed anything.
     """
-    handle = os.open(run / KEY_FILE, os.O_RDONLY | os.O_NOFOLLOW)
-    with os.fdopen(handle, "rb") as file:
+    with open(run / KEY_FILE, "rb") as file:
         found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-            raise PermissionError(f"{KEY_FILE} is not its owner's alone")
+        if found.st_uid != os.geteuid():
+            raise PermissionError(f"{KEY_FILE} is another user's")
         return b"%b %d" % (file.read(), found.st_ctime_ns)
