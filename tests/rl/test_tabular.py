@@ -9,11 +9,13 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from own.oracle import Trained, job_of, spec_of, train
+from own.oracle import Trained, job_of, saved, spec_of, train
 
+import distml
 from distml.errors import UsageError
 from distml.rl.solvers import mdp_of, policy_values, value_iteration
 from distml.rl.tabular import QLearning, Sarsa, TabularStream, Transitions, epsilon_at, epsilon_greedy
+from distml.runs.display import SilentDisplay
 from distml.spec.tabular import EpsilonSpec
 from distml.tasks.base import Part, Progress
 from distml.tasks.build import build_task
@@ -93,6 +95,21 @@ def test_asynchronous_with_one_worker_is_serial_bit_by_bit(name, mode):
     assert serial.weights.numpy().tobytes() == server.weights.numpy().tobytes()
     other = train(tabular_spec(name, CLIFF, steps=80, lr=0.3, every=30) | {"seed": 1})
     assert serial.weights.numpy().tobytes() != other.weights.numpy().tobytes()  # control
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_run_in_two_parts_is_the_run_in_one(tmp_path, name):
+    """Environments begin anew at every checkpoint, also where nothing was interrupted."""
+
+    def run(out: str, steps: int, every: int = 20) -> bytes:
+        spec = tabular_spec(name, CLIFF, steps=steps, every=every, epsilon={"start": 0.5, "end": 0.5})
+        distml.run(spec, out=tmp_path / out, runtime="inline", display=SilentDisplay())
+        return bytes(saved(tmp_path / out)["model"]["values"].tobytes())
+
+    whole = run("whole", 80)
+    assert run("parts", 40) != whole
+    assert run("parts", 80) == whole
+    assert run("rarely", 80, every=80) != whole  # control: other checkpoints are other episodes
 
 
 STRATEGIES = ["all_reduce", "parameter_server", {"name": "parameter_server", "mode": "async"},
