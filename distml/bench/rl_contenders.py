@@ -20,7 +20,8 @@ from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda
 
 START_S, SLOWEST_FRAMES_PER_S = 180.0, 100.0
-CLASSES = {"actor_critic": "KeepingActorCritic", "ppo": "KeepingPPO", "reinforce": "KeepingReinforce"}
+CLASSES = {"actor_critic": "KeepingActorCritic", "ppo": "KeepingPPO", "reinforce": "KeepingReinforce",
+           "trpo": "KeepingTRPO"}  # fmt: skip
 
 
 @dataclass(frozen=True)

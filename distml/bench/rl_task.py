@@ -21,7 +21,16 @@ from distml.rl.on_policy import OnPolicyTask
 from distml.rl.policies import FeedForwardPolicy
 from distml.rl.ppo import PPO
 from distml.rl.reinforce import Reinforce
-from distml.spec.rl import ActorCriticSpec, CNNPolicySpec, MLPPolicySpec, OnPolicyBlock, PPOSpec, ReinforceSpec
+from distml.rl.trpo import TRPO
+from distml.spec.rl import (
+    ActorCriticSpec,
+    CNNPolicySpec,
+    MLPPolicySpec,
+    OnPolicyBlock,
+    PPOSpec,
+    ReinforceSpec,
+    TRPOSpec,
+)
 from distml.tasks.base import Mean, Part, Progress, Stream
 
 EPISODES_SEEN = 100
@@ -122,3 +131,9 @@ class KeepingReinforce(Keeping, Reinforce):
     """REINFORCE."""
 
     spec_class = ReinforceSpec
+
+
+class KeepingTRPO(Keeping, TRPO):
+    """TRPO and the natural gradient."""
+
+    spec_class = TRPOSpec

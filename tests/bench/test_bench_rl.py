@@ -28,7 +28,7 @@ from distml.bench.rl_kept import (
     greedy_returns,
     outputs,
 )
-from distml.bench.rl_task import layers
+from distml.bench.rl_task import Watched, layers
 from distml.cli import main
 from distml.errors import RunError
 from distml.rl.policies import build_policy
@@ -36,6 +36,7 @@ from distml.spec.jobs import shipped_jobs
 from distml.spec.loader import load_spec
 from distml.spec.rl import MLPPolicySpec, NormaliseSpec
 from distml.strategies.agenda import Agenda
+from distml.tasks.base import Mean
 
 HAS_SB3 = importlib.util.find_spec("stable_baselines3") is not None
 OURS = sorted({one.job for suite in SUITES.values() for one in suite.contenders.values()} & set(shipped_jobs()))
@@ -134,16 +135,22 @@ def test_episodes_together_are_those_of_one_environment_at_a_time():
         assert found[index] == pytest.approx(total, rel=1e-5)
 
 
-def test_only_the_first_episode_counts_and_it_is_the_same_every_time():
-    arrays = as_arrays([(np.array([[0.0] * 4, [0.0, 0.0, 1.0, 0.0]]), np.zeros(2))])
+def test_only_the_first_episode_counts():
+    weight = np.array([[0.0] * 4, [0.0, 0.0, 1.0, 0.0]])
     made = gym.make_vec("CartPole-v1", num_envs=20)
-    first = greedy_returns(arrays, "tanh", made)
-    assert (first == greedy_returns(arrays, "tanh", made)).all()
-    assert first.min() < first.max() <= 500  # they end at different times, and who ended begins anew meanwhile
+    found = greedy_returns(as_arrays([(weight, np.zeros(2))]), "tanh", made)
+    observations, _ = made.reset(seed=EVALUATION_SEED)
+    lengths = np.zeros(20)
+    for step in range(1, 501):
+        observations, _, terminated, truncated, _ = made.step((observations @ weight[1] > 0).astype(int))
+        lengths[(terminated | truncated) & (lengths == 0)] = step
+    assert found.tolist() == lengths.tolist()  # a step's reward is 1
+    assert found.min() < found.max()  # who ended first has begun anew meanwhile
 
 
-def test_discrete_actions_may_begin_elsewhere():
+def test_discrete_actions_may_begin_elsewhere_and_continuous_ones_have_bounds():
     assert greedy_actions(np.array([[0.0, 1.0], [1.0, 0.0]]), gym.spaces.Discrete(2, start=3)).tolist() == [4, 3]
+    assert greedy_actions(np.array([[5.0], [-1.0]]), gym.spaces.Box(-2.0, 2.0, (1,))).tolist() == [[2.0], [-1.0]]
 
 
 # ----------------------------------------------------------------------------------------------------------------- jobs
@@ -191,6 +198,45 @@ def test_keeping_weights_changes_nothing_of_the_training(tmp_path):
     found = Kept.load(tmp_path / "kept.npz")
     assert [frames // 1000 for frames in found.frames] == list(range(1, int(found.frames[-1]) // 1000 + 1))
     assert (np.diff(found.seconds) > 0).all()
+
+
+def test_with_images_the_return_of_training_episodes_is_kept(tmp_path):
+    pytest.importorskip("ale_py", reason="needs ale-py: install distml[atari]")
+    small = {"name": "cnn", "channels": [4], "kernels": [8], "strides": [8], "hidden": 8}
+    block = {"name": "actor_critic", "environment": "ALE/Pong-v5", "envs_per_worker": 2, "n_steps": 8, "policy": small}
+    job = load_spec({"distml": "v1", "name": "pong", "task": block, "stop": {"steps": 8}}).job
+    document = json.loads(job.model_dump_json(by_alias=True))
+    args = {"block": document["task"], "path": str(tmp_path / "kept.npz"), "every": 32, "max_failures": 0}
+    document["task"] = {"name": "distml.bench.rl_task:KeepingActorCritic", "args": args}
+    (tmp_path / "ours.yaml").write_text(yaml.safe_dump(document))
+    distml.run(tmp_path / "ours.yaml", out=tmp_path / "run")
+    kept = Kept.load(tmp_path / "kept.npz")
+    assert kept.frames.tolist() == [32, 64, 96, 128]
+    assert np.isnan(kept.returns("ALE/Pong-v5")).all()  # nobody has ended an episode yet
+
+
+class Batches:
+    """A stream of batches in which so many episodes with this mean return have ended."""
+
+    def __init__(self, *ended):
+        self.ended = iter(ended)
+
+    def next(self, model, progress):
+        batch = type("Batch", (), {"metrics": {}})()
+        count, value = next(self.ended)
+        if count:
+            batch.metrics["rl/episode_return_mean"] = Mean(count * value, count)
+        return batch
+
+
+def test_the_training_return_is_that_of_the_last_hundred_episodes():
+    watched = Watched(Batches((0, 0), (30, 1.0), (80, 2.0), (60, 4.0)), Keeper())
+    means = []
+    for _ in range(4):
+        watched.next(None, None)
+        means.append(float(watched.training_return()[RETURN]))
+    assert np.isnan(means[0])
+    assert means[1:] == [1.0, pytest.approx((30 + 160) / 110), pytest.approx((160 + 240) / 140)]
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -341,6 +387,41 @@ def test_stable_baselines_for_real(environment, contender, tmp_path):
     assert [frames // 4000 for frames in kept.frames] == [1, 2, 3]
     low, high = (1, 500) if environment == "cartpole" else (-2000, 0)
     assert all(low <= value <= high for value in returns)
+
+
+@pytest.mark.skipif(not HAS_SB3, reason="needs stable-baselines3: install distml[bench]")
+def test_vector_environments_do_in_stable_baselines_what_its_own_do():
+    from distml.bench.rl_peers.sb3 import VectorEnvironments
+
+    same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    made = VectorEnvironments(
+        gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync", vector_kwargs=same_step)
+    )
+    made.seed(0)
+    made.reset()
+    length, endings = np.zeros(2), 0
+    for _ in range(60):
+        observations, _, done, infos = made.step(np.array([0, 1]))
+        length += 1
+        for index in np.flatnonzero(done):
+            last = infos[index]["terminal_observation"]
+            assert max(abs(last[0]) / 2.4, abs(last[2]) / 0.2095) > 1  # outside: where the episode ended
+            assert np.abs(observations[index]).max() <= 0.05  # the next one's first
+            assert infos[index]["episode"] == {"r": length[index], "l": length[index]}
+            assert not infos[index]["TimeLimit.truncated"]
+            length[index], endings = 0, endings + 1
+    assert endings >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_SB3, reason="needs stable-baselines3: install distml[bench]")
+def test_stable_baselines_in_pong_for_real(tmp_path):
+    pytest.importorskip("ale_py", reason="needs ale-py: install distml[atari]")
+    config = {"algorithm": "a2c", "environment": "ALE/Pong-v5", "frames": 320, "seed": 1, "every": 160,
+              "path": str(tmp_path / "kept.npz"), "atari": {"id": "ALE/Pong-v5"}}  # fmt: skip
+    arguments = ["-m", "distml.bench.rl_peers.sb3", json.dumps(config)]
+    contenders.run_all([(contenders.ThisHost(), arguments)], contenders.EVERYWHERE, tmp_path)
+    assert Kept.load(tmp_path / "kept.npz").frames.tolist() == [160, 320]
 
 
 @pytest.mark.slow
