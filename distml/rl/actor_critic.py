@@ -40,7 +40,7 @@ class ActorCritic(OnPolicyTask[ActorCriticSpec]):
             "policy_loss": mean_of(policy_loss, count),
             "value_loss": mean_of(value_loss, count),
             "entropy": mean_of(entropy, count),
-            **policy_age(batch, progress, count),
+            **policy_age(batch.version, progress, count),
             **batch.metrics,
         }
         return Loss(total, count, metrics, frames=count)

@@ -130,6 +130,6 @@ def mean_of(total: Tensor, count: float) -> Mean:
     return Mean(float(total.detach()), count)
 
 
-def policy_age(rollout: Rollout, progress: Progress, count: float) -> dict[str, Mean]:
-    """How many versions older than the weights that are trained those were that acted."""
-    return {"rl/policy_age_mean": Mean(float(progress.version - rollout.version) * count, count)}
+def policy_age(version: int, progress: Progress, count: float) -> dict[str, Mean]:
+    """How many versions older than the weights that are trained those of `version` were, which acted."""
+    return {"rl/policy_age_mean": Mean(float(progress.version - version) * count, count)}

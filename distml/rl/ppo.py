@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from distml.errors import UsageError
-from distml.rl.on_policy import OnPolicyTask, estimate, masked_sum, mean_of, standardised
+from distml.rl.on_policy import OnPolicyTask, estimate, masked_sum, mean_of, policy_age, standardised
 from distml.rl.policies import Policy
 from distml.rl.rollout import Collector, Rollout
 from distml.spec.rl import PPOSpec
@@ -145,7 +145,7 @@ class PPO(OnPolicyTask[PPOSpec]):
             "entropy": mean_of(entropy, count),
             "approx_kl": mean_of(divergence, count),
             "clip_fraction": mean_of(is_clipped, count),
-            "rl/policy_age_mean": Mean(float(progress.version - batch.version) * count, count),
+            **policy_age(batch.version, progress, count),
             **batch.metrics,
         }
         self.divergence += metrics["approx_kl"]

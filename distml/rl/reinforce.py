@@ -30,7 +30,7 @@ from torch.func import functional_call, grad, vmap
 from distml.errors import UsageError
 from distml.rl.advantages import rewards_to_go
 from distml.rl.episodes import EpisodeCollector
-from distml.rl.on_policy import ActingStream, OnPolicyTask, masked_sum, mean_of
+from distml.rl.on_policy import ActingStream, OnPolicyTask, masked_sum, mean_of, policy_age
 from distml.rl.policies import Policy
 from distml.rl.rollout import Collector, Rollout
 from distml.spec.rl import ReinforceSpec
@@ -133,7 +133,7 @@ class Reinforce(OnPolicyTask[ReinforceSpec]):
         metrics = {
             "policy_loss": mean_of(policy_loss, episodes),
             "entropy": mean_of(entropy, frames),
-            "rl/policy_age_mean": Mean(float(progress.version - rollout.version) * frames, frames),
+            **policy_age(rollout.version, progress, frames),
             **batch.metrics,
         }
         if spec.baseline == "learned":

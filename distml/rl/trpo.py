@@ -70,7 +70,7 @@ class TRPO(OnPolicyTask[TRPOSpec]):
             "approx_kl": mean_of(divergence, count),
             "entropy": mean_of(objective.entropy, count),
             "step_taken": Mean(float(bool(step.any())) * count, count),
-            **policy_age(batch, progress, count),
+            **policy_age(batch.version, progress, count),
             **batch.metrics,
         }
         return Loss(-count * surface.along(step) - objective.before, count, metrics)

@@ -206,7 +206,7 @@ class PPOSpec(RolloutBlock):
     minibatches: Count = Field(4, description="updates per pass")
     clip: Positive = Field(0.2, description="how far the ratio of probabilities may leave 1")
     value_clip: Positive | None = Field(None, description="how far a value may move from the old one; null: anywhere")
-    value_coefficient: NonNegative = 0.5
+    value_coefficient: NonNegative = Field(0.5, description="of the squared error of the values")
     normalise_advantages: bool = Field(True, description="to mean 0 and variance 1 over a worker's minibatch")
     target_kl: Positive | None = Field(None, description="mean KL over all workers at which a rollout is left")
 
