@@ -114,7 +114,7 @@ class PPO(OnPolicyTask[PPOSpec]):
         return batch
 
     def _is_far(self) -> bool:
-        """Whether the rollout is left, on all workers at once.
+        """Whether the last update saw a larger KL than it should, over all workers: all leave their rollouts then.
 
         Every worker takes part in every step, whatever it has in hand, so that nobody waits for one that began anew.
         """

@@ -208,7 +208,9 @@ class PPOSpec(RolloutBlock):
     value_clip: Positive | None = Field(None, description="how far a value may move from the old one; null: anywhere")
     value_coefficient: NonNegative = Field(0.5, description="of the squared error of the values")
     normalise_advantages: bool = Field(True, description="to mean 0 and variance 1 over a worker's minibatch")
-    target_kl: Positive | None = Field(None, description="mean KL over all workers at which a rollout is left")
+    target_kl: Positive | None = Field(
+        None, description="a rollout is left after an update whose mean KL over all workers was larger"
+    )
 
     @property
     def num_minibatches(self) -> int:
@@ -235,8 +237,10 @@ class TRPOSpec(RolloutBlock):
     gae_lambda: Share = Field(0.97, description="of generalised advantages; 1: n-step returns, 0: the TD error")
     step: Literal["trust_region", "natural"] = Field("trust_region", description="natural: without the line search")
     max_kl: Positive = Field(0.01, description="largest mean KL of an update")
-    damping: NonNegative = Field(0.1, description="multiple of the identity added to the Fisher matrix")
-    cg_iterations: Count = Field(10, description="of conjugate gradients")
+    damping: NonNegative = Field(
+        0.1, description="multiple of the identity added to the Fisher and Gauss-Newton matrices"
+    )
+    cg_iterations: Count = Field(10, description="of conjugate gradients, for policy and values")
     line_search_steps: Count = Field(10, description="halvings of a step that would break the bound")
     value_step: Positive = Field(0.1, description="how far values go at once: their squared change, in squared errors")
     value_iterations: Count = Field(5, description="such steps per update")

@@ -218,6 +218,14 @@ def test_identity_is_solved_and_not_without_what_it_shows():
     assert returns_of(toy({"id": "rl_toys:Identity", "args": {"is_blind": True}}), **steps) < 4.0
 
 
+def test_identity_is_solved_by_actor_critic_too():
+    task = {"name": "actor_critic", "envs_per_worker": 16, "n_steps": 8, "gae_lambda": 0.5, "gamma": 0.5}
+    steps = {"steps": 240, "optimizer": {"name": "adam", "lr": 0.01}}
+    assert returns_of({**task, "environment": {"id": "rl_toys:Identity"}}, **steps) > 7.5
+    blind = {"id": "rl_toys:Identity", "args": {"is_blind": True}}
+    assert returns_of({**task, "environment": blind}, **steps) < 4.0
+
+
 def test_a_bit_is_remembered_with_a_memory_only():
     steps = {"steps": 320, "optimizer": {"name": "adam", "lr": 0.01}}
     lstm = {"name": "lstm", "hidden": [16], "units": 16}
