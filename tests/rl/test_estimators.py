@@ -154,6 +154,24 @@ def test_squared_scores_are_those_of_single_steps():
         assert float(squares[step, episode]) == pytest.approx((score**2).sum(), rel=1e-4)
 
 
+def test_the_optimal_baseline_off_policy_by_hand():
+    """b = sum w g^2 G / sum w^2 g^2 over the other episodes, for each step."""
+    task, model, stream = made(PULLS, episodes=5, baseline="optimal", importance_weighting=True)
+    _, other, _ = made(PULLS)
+    perturbed(other, 0.4)
+    rollout = stream.collector.episodes_of(other, 0)
+    batch, squares = prepared(task.spec, model, rollout), squared_scores(model, rollout)
+    for step in range(2):
+        for episode in range(5):
+            above = below = 0.0
+            for j in set(range(5)) - {episode}:
+                weight, square = float(batch.weights[step, j]), float(squares[step, j])
+                above += weight * square * float(batch.returns[step, j])
+                below += weight**2 * square
+            assert float(batch.baseline[step, episode]) == pytest.approx(above / below, rel=1e-4)
+    assert float((batch.weights - 1.0).abs().max()) > 0.05
+
+
 def test_ratios_of_others():
     above, below = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 0.0, 1.0]])
     assert ratio_of_others(above, below).tolist() == [[6.0, 2.5, 3.0]]
