@@ -168,7 +168,9 @@ def reduced(name: str, size: int, dtype: torch.dtype, steps: int, momentum: floa
             for phase in (0, 1):
                 first, last = LAYOUT.phase_range(phase)
                 gradient = drawn(1000 * step + 10 * phase + group.rank, last - first, dtype)
-                tail = torch.tensor([16_777_215.0 - group.rank if step else group.rank, 2.0**-12, 3.0], dtype=dtype)
+                tail = torch.tensor(
+                    [16_777_215.0 - group.rank if step else group.rank, 2.0**-12, 3.0, 5.0], dtype=dtype
+                )
                 message = torch.cat([gradient, tail])
                 compressor.reduce(phase, message, group)
                 total[first:last] += gradient
@@ -193,7 +195,12 @@ def test_over_many_steps_and_ranks_nothing_is_lost(name, dtype, size):
     ranks = reduced(name, size, dtype, steps=12)
     assert missing(ranks) <= (1e-5 if dtype == torch.float32 else 1e-12)
     assert all(torch.equal(rank["applied"], ranks[0]["applied"]) for rank in ranks)
-    last = [sum(torch.tensor(16_777_215.0 - rank, dtype=dtype) for rank in range(size)), size * 2.0**-12, 3.0 * size]
+    last = [
+        sum(torch.tensor(16_777_215.0 - rank, dtype=dtype) for rank in range(size)),
+        size * 2.0**-12,
+        3.0 * size,
+        5.0 * size,
+    ]
     for rank in ranks:
         assert rank["tails"][-1].tolist() == [float(value) for value in last]
 
