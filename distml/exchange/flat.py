@@ -148,6 +148,7 @@ class Carried:
         self.counting = [self._counting(f"{name}." if name else "", module) for name, module in found.items()]
         counted = {id(t) for one in self.counting for t in (*one.base.values(), *one.sums.values())}
         self.floating = [n for n, t in self.tensors.items() if t.is_floating_point() and id(t) not in counted]
+        self.device = next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
         self.bases = [tensor for one in self.counting for tensor in one.base.values()]
         self.sums = [tensor for one in self.counting for tensor in one.sums.values()]
 
@@ -165,7 +166,7 @@ class Carried:
 
     def average_vector(self) -> Tensor:
         """All floating buffers that are averaged, end to end (float64)."""
-        return end_to_end([self.tensors[name] for name in self.floating])
+        return end_to_end([self.tensors[name] for name in self.floating], self.device)
 
     def set_average(self, vector: Tensor) -> None:
         """Write what `average_vector` has the order of."""
@@ -174,11 +175,11 @@ class Carried:
     # ---------------------------------------------------------------------------------------------------- accumulators
     def base_vector(self) -> Tensor:
         """What the accumulators' workers agree on, end to end: float64 [M]."""
-        return end_to_end(self.bases)
+        return end_to_end(self.bases, self.device)
 
     def sums_vector(self) -> Tensor:
         """What this worker's accumulators have seen since, end to end: float64 [S]."""
-        return end_to_end(self.sums)
+        return end_to_end(self.sums, self.device)
 
     def take_sums(self) -> Tensor:
         """The same, handed over: they are zero afterwards."""
@@ -232,10 +233,10 @@ class Carried:
                 self.tensors[name].copy_(from_numpy(array))
 
 
-def end_to_end(tensors: Sequence[Tensor]) -> Tensor:
-    """A copy of them as one vector (float64)."""
-    pieces = [tensor.detach().reshape(-1).double() for tensor in tensors]
-    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
+def end_to_end(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """A copy of them as one vector (float64), on `device` also if there are none."""
+    return torch.cat([torch.zeros(0, dtype=torch.float64, device=device),
+                      *(tensor.detach().reshape(-1).double() for tensor in tensors)])  # fmt: skip
 
 
 def write(tensors: Sequence[Tensor], vector: Tensor) -> None:

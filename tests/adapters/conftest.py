@@ -1,4 +1,4 @@
-"""One small real Ray for all tests of this folder, and the smallest run of RLlib's PPO on it."""
+"""A small real Ray for each file of tests, and the smallest run of RLlib's PPO on it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from own.small_ray import small_ray
 
 import distml
 from distml.launch.run import Result
-from distml.runtime.authentication import prepare_authentication
 
 SPEC: dict[str, Any] = {
     "distml": "v1",
@@ -32,14 +32,10 @@ SPEC: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="session")
-def shared_ray() -> Iterator[None]:
-    prepare_authentication(None)
-    import ray
-
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
-    yield
-    ray.shutdown()
+@pytest.fixture(scope="module")
+def shared_ray() -> Iterator[str]:
+    """The address of a running Ray with four logical CPUs."""
+    yield from small_ray()
 
 
 @pytest.fixture
@@ -49,7 +45,7 @@ def spec() -> dict[str, Any]:
 
 
 @pytest.fixture
-def train(shared_ray: None, tmp_path: Path) -> Callable[..., Result]:
+def train(shared_ray: str, tmp_path: Path) -> Callable[..., Result]:
     """Run the small job in `tmp_path/run`."""
 
     def run(spec: dict[str, Any] = SPEC, overrides: object = (), **more: Any) -> Result:

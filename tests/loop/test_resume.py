@@ -150,7 +150,8 @@ def contents(out: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize(("changes", "what"), [
     ({"optimizer": {"name": "sgd", "lr": 0.2}}, "optimizer.lr: 0.1 -> 0.2"),
     ({"batch_size": 13}, "batch_size: 12 -> 13"),
-    ({"seed": 1}, "seed: 0 -> 1"), ({"task": {"name": "small:Small", "args": {"hidden": 7}}}, "task.args: {} -> "),
+    ({"seed": 1}, "seed: 0 -> 1"),
+    ({"task": {"name": "small:Small", "args": {"hidden": 7}}}, "task.args.hidden: null -> 7"),
 ])  # fmt: skip
 def test_other_changes_are_refused_with_three_ways_out_and_nothing_is_lost(tmp_path, changes, what):
     spec = case("single", "small:Small")
