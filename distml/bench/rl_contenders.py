@@ -43,6 +43,7 @@ class Contender:
     peer: tuple[str, str] | None = None
     package: str | None = None
     workers: int | None = None
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,13 @@ def rllib(algorithm: str, frames: int) -> Contender:
     return Contender(f"RLlib {algorithm.upper()}, 2 x 8 envs", frames, peer=("rllib", algorithm))
 
 
+OWN_POLICY = "task.policy={name: 'distml.bench.rl_own:ActorAndCritic'}"
+OWN_RATES = "optimizer.groups=[{match: 'module.value.*', lr: 5.0e-3}]"  # as the job's, under the module's names
 GREEDY = "mean return of 20 greedy episodes"
 SUITES = {
     "cartpole": Suite("CartPole-v1", 475.0, GREEDY, 3, {
         "a3c": Contender("distml A3C", job="a3c-cartpole"),
+        "a3c_own": Contender("distml A3C, own nn.Module", job="a3c-cartpole", overrides=(OWN_POLICY, OWN_RATES)),
         "a2c": Contender("distml A2C", job="a2c-cartpole"),
         "ppo": Contender("distml PPO", job="ppo-cartpole"),
         "trpo": Contender("distml TRPO", job="trpo-cartpole"),
@@ -172,7 +176,7 @@ def write_spec(contender: Contender, ask: Ask, path: Path) -> tuple[Path, int]:
     on the way. Only where observations are normalised its (empty) evaluations stay, because workers' statistics are
     merged at them.
     """
-    overrides = [*ask.overrides, f"seed={ask.seed}"]
+    overrides = [*contender.overrides, *ask.overrides, f"seed={ask.seed}"]
     if contender.workers is not None:
         overrides.append(f"resources.workers={contender.workers}")
     if frames := ask.frames or contender.frames:

@@ -16,9 +16,10 @@ import numpy as np
 from torch import nn
 
 from distml.bench.rl_kept import RETURN, Arrays, Keeper, as_arrays
+from distml.bench.rl_own import ActorAndCritic
 from distml.rl.actor_critic import ActorCritic
 from distml.rl.on_policy import OnPolicyTask
-from distml.rl.policies import FeedForwardPolicy
+from distml.rl.policies import FeedForwardPolicy, OwnPolicy, Policy
 from distml.rl.ppo import PPO
 from distml.rl.reinforce import Reinforce
 from distml.rl.trpo import TRPO
@@ -27,6 +28,7 @@ from distml.spec.rl import (
     CNNPolicySpec,
     MLPPolicySpec,
     OnPolicyBlock,
+    OwnPolicySpec,
     PPOSpec,
     ReinforceSpec,
     TRPOSpec,
@@ -36,9 +38,15 @@ from distml.tasks.base import Mean, Part, Progress, Stream
 EPISODES_SEEN = 100
 
 
-def layers(policy: FeedForwardPolicy) -> Arrays:
+def layers(policy: Policy) -> Arrays:
     """The acting network's, with the moments that observations are normalised by."""
-    parts = (policy.trunk, policy.policy.body, policy.policy.output)
+    parts: tuple[nn.Module, ...]
+    if isinstance(policy, FeedForwardPolicy):
+        parts = (policy.trunk, policy.policy.body, policy.policy.output)
+    else:
+        assert isinstance(policy, OwnPolicy)
+        assert isinstance(policy.module, ActorAndCritic)
+        parts = (policy.module.policy,)
     linear = [module for part in parts for module in part.modules() if isinstance(module, nn.Linear)]
     moments = policy.observation_moments
     known = None if moments is None else (moments.frozen_mean, 1.0 / moments.frozen_scale)
@@ -105,13 +113,14 @@ class Keeping(OnPolicyTask[Any]):
         """What is kept of the weights: all that acts, or the training return of a policy for images."""
         if isinstance(self.spec.policy, CNNPolicySpec):
             return self.watched.training_return()
-        assert isinstance(model, FeedForwardPolicy)
+        assert isinstance(model, Policy)
         return layers(model)
 
     def evaluate(self, model: nn.Module, part: Part, progress: Progress) -> dict[str, Mean]:
         if self.rank == 0:
             policy = self.spec.policy
-            self.keeper.save(self.path, policy.activation if isinstance(policy, MLPPolicySpec) else "linear")
+            own = "tanh" if isinstance(policy, OwnPolicySpec) else "linear"
+            self.keeper.save(self.path, policy.activation if isinstance(policy, MLPPolicySpec) else own)
         return {}
 
 
