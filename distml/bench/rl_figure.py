@@ -37,6 +37,7 @@ def draw(report: Mapping[str, Any]) -> bytes:
     by_seconds.set_xscale("log")
     by_seconds.set_xlabel("seconds of training", fontsize=9)
     _curves(by_frames, found, "frames", report)
+    by_frames.set_xscale("log")
     by_frames.set_xlabel("frames", fontsize=9)
     figure.suptitle(_title(report), fontsize=10)
     handles, labels = by_frames.get_legend_handles_labels()
@@ -65,6 +66,7 @@ def _bars(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.set_yticks(range(len(found)), [one["label"] for one in found.values()], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0.0, 1.25 * max((one["frames_per_s"]["max"] for one in found.values()), default=1.0))
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("frames per second (more is better)", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -84,7 +86,7 @@ def _curves(axes: Axes, found: Mapping[str, Any], axis: str, report: Mapping[str
 def over_seeds(runs: Sequence[Mapping[str, Any]], axis: str) -> tuple[Array, Array, Array, Array]:
     """[G] each: an axis that all seeds cover, and the least, the median and the largest return there (NaN: none)."""
     first, last = max(run[axis][0] for run in runs), min(run[axis][-1] for run in runs)
-    at = np.linspace(first, max(first, last), POINTS)
+    at = np.geomspace(first, max(first, last), POINTS)
     returns = np.stack([np.interp(at, run[axis], np.array(run["returns"], float)) for run in runs])  # [S, G]
     return at, returns.min(0), np.median(returns, 0), returns.max(0)
 
