@@ -27,6 +27,7 @@ from distml.runs.files import finite, strict_json
 from distml.runs.units import number
 from distml.runtime.authentication import prepare_authentication
 from distml.spec.loader import load_spec, load_train
+from distml.spec.rl import ActingBlock
 from distml.spec.rllib import RLlibSpec
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda, Spent
@@ -157,10 +158,8 @@ def copy_weights(model: nn.Module, arrays: dict[str, Array], source: str) -> Non
         elif arrays[name].shape != tuple(tensor.shape):
             shapes = f"has shape {arrays[name].shape} there, {tuple(tensor.shape)} here"
             raise UsageError(f"{source} is of another model: {name} {shapes}")
-    with torch.no_grad():
-        for name, array in arrays.items():
-            if name in state:
-                state[name].copy_(from_numpy(array))
+    # strict=False: of tied weights one name is enough
+    model.load_state_dict({name: from_numpy(arrays[name]) for name in state if name in arrays}, strict=False)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -185,6 +184,8 @@ def evaluate_command(run: Path, split: str) -> int:
         scores = _rllib_scores(directory, split)
     else:
         trained = load_model(run)
+        if split == "train" and isinstance(trained.job.task, ActingBlock):
+            raise UsageError(f"task {trained.job.task.name} acts and has no train split; known: validation, test")
         with _threads(trained.job.resources.cpus_per_worker):
             scores = evaluate_split(trained, split)
         if not scores:

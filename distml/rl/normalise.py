@@ -89,6 +89,11 @@ class RunningMoments(Accumulator):
         self.new_squares += 2.0 * shift * self.new_total + self.new_count * shift.square()
         self.new_total += self.new_count * shift
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """What is frozen is not saved: it follows from what is loaded."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self.freeze()
+
     def freeze(self) -> None:
         """Normalise with all that was seen until now, until the next call."""
         count, mean, m2 = self.merged()

@@ -170,7 +170,7 @@ def test_what_is_frozen_stays_until_it_is_frozen_anew():
     torch.testing.assert_close(module.normalise(probe), wanted.float())
 
 
-def test_a_checkpoint_keeps_what_was_seen_and_not_what_is_frozen():
+def test_a_checkpoint_keeps_what_was_seen_and_what_is_frozen_follows_from_it():
     module = RunningMoments((3,))
     module.update(data(10, (3,)))
     module.absorb()
@@ -181,8 +181,9 @@ def test_a_checkpoint_keeps_what_was_seen_and_not_what_is_frozen():
     assert set(module.state_dict()) == {"count", "mean", "m2", "new_count", "new_total", "new_squares"}
     for one, other in zip(module.merged(), loaded.merged(), strict=True):
         assert torch.equal(one, other)
-    loaded.freeze()
     assert torch.equal(loaded.frozen_mean, module.frozen_mean)
+    assert torch.equal(loaded.frozen_scale, module.frozen_scale)
+    assert float(loaded.frozen_mean.abs().min()) > 0  # the control: not as at the start
 
 
 def test_rows_that_do_not_count_are_not_seen():
