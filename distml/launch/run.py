@@ -29,6 +29,7 @@ from distml.runtime.driver import Driver
 from distml.runtime.group import WorkerGroup
 from distml.spec.base import Block
 from distml.spec.loader import LoadedSpec, load_spec
+from distml.spec.rl_rules import follows_workers
 from distml.spec.rllib import RLlibSpec
 from distml.spec.schema import JobSpec
 
@@ -249,7 +250,8 @@ def check_resume(
         raise UsageError(f"{directory.path} holds a run of kind {before.job.kind}; use --out DIR for a new run, "
                          "or --fresh to move the old one away")  # fmt: skip
     changed = changes(before.job, loaded.job)
-    forbidden = [line for key, line in changed if key not in MAY_CHANGE]
+    allowed = (*MAY_CHANGE, "batch_size") if follows_workers(loaded.job) else MAY_CHANGE
+    forbidden = [line for key, line in changed if key not in allowed]
     if forbidden:
         init = f", or init: {{from: {directory.path}}} to start from its weights" if loaded.job.kind == "train" else ""
         raise UsageError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distml.spec.base import Block
 from distml.spec.environments import unknown_environment
 from distml.spec.messages import Problem
 from distml.spec.rl import (
@@ -19,11 +20,17 @@ from distml.spec.rl import (
 from distml.spec.schema import JobSpec, SGDSpec
 from distml.spec.tabular import BanditSpec, TabularBlock
 
+CHECKPOINT_EVERY = 10_000  # steps, where nothing is said: all environments begin anew at each checkpoint
 STEPS = (("task", "n_steps"), ("batch_size",), ("task", "envs_per_worker"))
 
 
+def follows_workers(job: Block) -> bool:
+    """Whether `batch_size` is nothing but a multiple of the number of workers, for an unchanged task."""
+    return isinstance(job, JobSpec) and isinstance(job.task, RolloutBlock | TabularBlock | ReinforceSpec)
+
+
 def complete(job: JobSpec, batch_given: bool) -> tuple[JobSpec, list[Problem]]:
-    """The job with `batch_size` and `n_steps` agreeing: of the two, what is not given follows from the other.
+    """The job with what follows from other keys: of `batch_size` and `n_steps` one, and `checkpoint.every`.
 
     Args:
         job: valid key by key.
@@ -32,6 +39,20 @@ def complete(job: JobSpec, batch_given: bool) -> tuple[JobSpec, list[Problem]]:
     Returns:
         The job, and what is wrong with it.
     """
+    if isinstance(job.task, ActingBlock) and "every" not in job.checkpoint.model_fields_set:
+        every = -(-CHECKPOINT_EVERY // updates_per_rollout(job.task)) * updates_per_rollout(job.task)
+        job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"every": every})})
+    return _batches(job, batch_given)
+
+
+def updates_per_rollout(task: ActingBlock) -> int:
+    """How many updates learn from the same frames, unless a bound ends them early."""
+    if isinstance(task, PPOSpec):
+        return task.epochs * task.minibatches
+    return task.epochs if isinstance(task, ReinforceSpec) else 1
+
+
+def _batches(job: JobSpec, batch_given: bool) -> tuple[JobSpec, list[Problem]]:
     task, workers = job.task, job.resources.workers
     if isinstance(task, ReinforceSpec):
         return _episodes(job, task, batch_given)
@@ -59,7 +80,7 @@ def complete(job: JobSpec, batch_given: bool) -> tuple[JobSpec, list[Problem]]:
     if batch_given and job.batch_size != rows // pieces:
         return job, [Problem(
             f"batch_size {job.batch_size} is not {what} x n_steps {task.n_steps}{_over(pieces)} = {rows // pieces}; "
-            "leave batch_size out, or change one of them", STEPS)]  # fmt: skip
+            f"leave batch_size out, set it to {rows // pieces}, or change another of them", STEPS)]  # fmt: skip
     return job.model_copy(update={"task": task, "batch_size": rows // pieces}), []
 
 
@@ -76,7 +97,8 @@ def _episodes(job: JobSpec, task: ReinforceSpec, batch_given: bool) -> tuple[Job
     if batch_given and job.batch_size != episodes:
         return job, [Problem(
             f"batch_size {job.batch_size} is not workers {job.resources.workers} x envs_per_worker "
-            f"{task.envs_per_worker} = {episodes} episodes; leave batch_size out, or change one of them",
+            f"{task.envs_per_worker} = {episodes} episodes; leave batch_size out, set it to {episodes}, or change "
+            "another of them",
             (("batch_size",), ("task", "envs_per_worker")))]  # fmt: skip
     return job.model_copy(update={"batch_size": episodes}), []
 
@@ -99,6 +121,7 @@ def check_acting(job: JobSpec, task: ActingBlock) -> Iterator[Problem]:
     unknown = unknown_environment(task.environment.id)
     if unknown is not None:
         yield Problem(unknown, (("task", "environment", "id"), ("task", "environment")), "value")
+    yield from _checkpoints(job, task)
     if isinstance(task, OnPolicyBlock):
         yield from _policy(task)
     if isinstance(task, PPOSpec) and isinstance(task.policy, RecurrentPolicySpec | OwnPolicySpec):
@@ -107,6 +130,19 @@ def check_acting(job: JobSpec, task: ActingBlock) -> Iterator[Problem]:
         yield from _trpo(job, task)
     if isinstance(task, ReinforceSpec):
         yield from _reinforce(task)
+
+
+def _checkpoints(job: JobSpec, task: ActingBlock) -> Iterator[Problem]:
+    """Environments begin anew at a checkpoint, and with them what is left of a rollout is gone."""
+    updates, every = updates_per_rollout(task), job.checkpoint.every
+    ends_early = isinstance(task, PPOSpec) and task.target_kl is not None
+    if every % updates and job.strategy.is_synchronous and not ends_early:
+        what = f"epochs x minibatches = {updates}" if isinstance(task, PPOSpec) else f"epochs {updates}"
+        yield Problem(
+            f"checkpoint.every {every} is not a multiple of {what}, so that each checkpoint would drop the rest of a "
+            f"rollout; set it to {every + -every % updates}",
+            (("checkpoint", "every"), ("checkpoint",)),
+        )
 
 
 def _policy(task: OnPolicyBlock) -> Iterator[Problem]:

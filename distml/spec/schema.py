@@ -322,7 +322,11 @@ class BestSpec(Block):
 
 
 class CheckpointSpec(Block):
-    every: Count = Field(100, description="steps between checkpoints; there is always one at the end")
+    every: Count = Field(
+        100,
+        description="steps between checkpoints; there is always one at the end; tasks that act, whose environments"
+        " begin anew at each: 10,000 or the next multiple of a rollout's updates",
+    )
     keep: Count = Field(2, description="newest checkpoints that stay")
     best: BestSpec | None = Field(None, description="the checkpoint that is kept besides, and that is tested")
 

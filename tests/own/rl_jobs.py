@@ -14,10 +14,9 @@ from distml.tasks.sources import SourceTree
 
 
 def acting_spec(task: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A job that acts: Adam, and a batch that follows from its environments."""
+    """A job that acts: Adam; its batch follows from its environments, and checkpoints from its rollouts."""
     spec = spec_of(task, **({"optimizer": {"name": "adam", "lr": 0.003}} | changes))
-    del spec["batch_size"]
-    return spec
+    return {key: value for key, value in spec.items() if key in changes or key not in ("batch_size", "checkpoint")}
 
 
 def greedy(trained: Trained) -> float:

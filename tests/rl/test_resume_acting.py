@@ -14,7 +14,7 @@ TASKS = {
     "ppo": PPO,
     "ppo, normalised": {**PPO, "normalise": {"observations": True, "rewards": True}},
     "trpo": {**ACTS, "name": "trpo", "n_steps": 8},
-    "reinforce": {**ACTS, "name": "reinforce", "baseline": "moving_average", "epochs": 3, "importance_weighting": True},
+    "reinforce": {**ACTS, "name": "reinforce", "baseline": "moving_average", "epochs": 5, "importance_weighting": True},
 }
 
 

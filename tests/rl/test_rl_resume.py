@@ -13,7 +13,7 @@ TASKS = {
     "actor_critic": {"name": "actor_critic", "n_steps": 5},
     "recurrent": {"name": "actor_critic", "n_steps": 5, "policy": {"name": "lstm", "hidden": [8], "units": 8}},
     "normalised": {"name": "actor_critic", "n_steps": 5, "normalise": {"observations": True, "rewards": True}},
-    "ppo": {"name": "ppo", "n_steps": 16, "epochs": 3, "minibatches": 2},
+    "ppo": {"name": "ppo", "n_steps": 16, "epochs": 5, "minibatches": 2},
     "reinforce": {"name": "reinforce"},
 }
 

@@ -44,6 +44,35 @@ def test_of_batch_size_and_n_steps_what_is_not_given_follows(task, keys, batch_s
     assert load_spec(tmp_path / "spec.yaml").job == loaded.job
 
 
+@pytest.mark.parametrize(
+    ("task", "every"),
+    [
+        ({"name": "actor_critic"}, 10_000),
+        ({"name": "q_learning", "environment": "FrozenLake-v1"}, 10_000),
+        ({"name": "ppo", "epochs": 10, "minibatches": 32, "n_steps": 64}, 10_240),
+        ({"name": "reinforce", "epochs": 3, "importance_weighting": True}, 10_002),
+    ],
+)
+def test_checkpoints_which_end_every_episode_are_far_apart_if_nothing_is_said(task, every, tmp_path):
+    spec = {"distml": "v1", "name": "t", "stop": {"steps": 10}, "task": {"environment": "CartPole-v1", **task}}
+    loaded = load_spec(spec)
+    assert loaded.job.checkpoint.every == every
+    assert load_spec({**spec, "checkpoint": {"every": 30 * every}}).job.checkpoint.every == 30 * every
+    assert load_spec({**spec, "checkpoint": {"keep": 5}}).job.checkpoint.every == every
+    (tmp_path / "spec.yaml").write_text(loaded.dump())
+    assert f"every: {every}" in loaded.dump()
+    assert load_spec(tmp_path / "spec.yaml").job == loaded.job
+    assert load_spec({**spec, "task": "regression"}).job.checkpoint.every == 100  # the control
+
+
+def test_a_checkpoint_that_cuts_no_rollout_of_known_length_may_come_at_any_step():
+    ppo = {"name": "ppo", "environment": "CartPole-v1"}
+    at_any = {"checkpoint": {"every": 30}}
+    assert load({**ppo, "target_kl": 0.02}, **at_any).checkpoint.every == 30
+    assert load(ppo, strategy={"name": "parameter_server", "mode": "async"}, **at_any).checkpoint.every == 30
+    assert load({**ppo, "name": "actor_critic"}, **at_any).checkpoint.every == 30
+
+
 BAD = {
     "unknown environment": (
         "task: {name: actor_critic, environment: CartPol-v1}", "4:41",
@@ -109,6 +138,15 @@ BAD = {
     "sequences that cannot be cut": (
         "task: {name: ppo, environment: CartPole-v1, policy: lstm, envs_per_worker: 6}", "4:",
         "envs_per_worker 6 is not a",
+    ),
+    "a checkpoint within a rollout": (
+        "task: {name: ppo, environment: CartPole-v1}\ncheckpoint: {every: 100}", "5:14",
+        "checkpoint.every 100 is not a multiple of epochs x minibatches = 16, so that each checkpoint would drop the "
+        "rest of a rollout; set it to 112",
+    ),
+    "a checkpoint between uses of the same episodes": (
+        "task: {name: reinforce, environment: CartPole-v1, epochs: 3, importance_weighting: true}\n"
+        "checkpoint: {every: 10}", "5:14", "checkpoint.every 10 is not a multiple of epochs 3",
     ),
     "old episodes without weights": (
         "task: {name: reinforce, environment: CartPole-v1, epochs: 3}", "4:51", "set importance_weighting: true",
