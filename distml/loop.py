@@ -44,6 +44,7 @@ from distml.tasks.data import (
 )
 
 BEGINS_ANEW = "begins anew"
+OWN_WORK = ("stream", "loss", "evaluate")  # what waits for nobody
 TENSOR = "__tensor__"
 
 
@@ -73,6 +74,21 @@ class Trainer:
         self.datasets: dict[str, Dataset] = {}
         self.has_updated = False
         self.speaks = False  # whether this worker's evaluations and shared state are the ones that count
+
+    @property
+    def activity(self) -> str:
+        """What it is doing."""
+        return self._activity
+
+    @activity.setter
+    def activity(self, name: str) -> None:
+        self._activity, self.active_since = name, time.monotonic()
+
+    def motionless_s(self) -> float:
+        """How long it has been in the same piece of its own work; 0 while it waits for others."""
+        if self._activity not in OWN_WORK or self.strategy.is_waiting:
+            return 0.0
+        return time.monotonic() - max(self.active_since, self.strategy.waited_until)
 
     def build(self, start_weights: Mapping[str, Array] | None = None) -> nn.Module:
         """Build stream and replica.
@@ -146,6 +162,7 @@ class Trainer:
     def _rejoin(self) -> Iterator[Event]:
         """Take part from the newest version; an answer that was still under way may ask for something first."""
         before = self.strategy.progress.version
+        self.activity = "exchange"
         self.strategy.rejoin()
         if self.strategy.duties:
             yield from self._after_step(before)
@@ -176,6 +193,9 @@ class Trainer:
             strategy.judge(metrics)
             if self.speaks:
                 yield Evaluated(self.rank, version, metrics, time.perf_counter() - started, strategy.finished)
+        if "checkpoint" in duties and strategy.finished is None and self.stream.state() is None:
+            self.activity = "stream"  # not before: its environments may fail, and the checkpoint is due
+            self.stream, _ = self._build_stream()
         if "evaluate" in duties and not synchronous and strategy.finished is None:
             yield from self._rejoin()
         strategy.mark()
@@ -233,11 +253,8 @@ class Trainer:
         if not self.speaks:
             shared = None
         carried = strategy.carried.arrays() if self.speaks else None
-        snapshot = Snapshot(self.rank, strategy.progress.version, self.own_state(), shared, carried, checkpoint,
-                            evaluated, strategy.finished is not None)  # fmt: skip
-        if checkpoint and self.stream.state() is None:
-            self.stream, _ = self._build_stream()
-        return snapshot
+        return Snapshot(self.rank, strategy.progress.version, self.own_state(), shared, carried, checkpoint,
+                        evaluated, strategy.finished is not None)  # fmt: skip
 
     def own_state(self) -> dict[str, Any]:
         """This worker's half: stream position, random states, buffers, the meter."""

@@ -55,6 +55,11 @@ def open_log(directory: str, name: str) -> None:
         faulthandler.enable(file=sys.stderr)
 
 
+def patience_s(job: JobSpec) -> float:
+    """Longer than anything healthy takes: one exchange, or one piece of a worker's own work."""
+    return max(PATIENCE_S, PATIENCE_FACTOR * job.limits.lost_after_s)
+
+
 def prepare_process(job: JobSpec) -> None:
     """Threads as the spec says, before torch starts its own."""
     threads = job.resources.cpus_per_worker
@@ -64,6 +69,7 @@ def prepare_process(job: JobSpec) -> None:
     torch.set_num_threads(threads)
 
 
+PATIENCE_S, PATIENCE_FACTOR = 60.0, 10.0
 # A reply, where a shard's weights begin in the flat vector, and the weights: an array, or [reference to one].
 Answer = tuple["Reply", int, "Array | list[Any]"]
 # Measured with two workers: at 75 KB a step takes 7 ms with the weights in the answer and 12 ms with a reference;
@@ -324,12 +330,7 @@ class WorkerActor:
         listener = self.listener if self.rank == 0 else None
         own_address = way.host if way.host == "127.0.0.1" else ray.util.get_node_ip_address()
         device = self.trainer.device
-        return ProcessGroup(rank, size, way.host, way.port, listener, device, self.patience_s, own_address)
-
-    @property
-    def patience_s(self) -> float:
-        """Of one exchange: longer than anything healthy, since the driver ends what is lost much earlier."""
-        return max(60.0, 10 * self.job.limits.lost_after_s)
+        return ProcessGroup(rank, size, way.host, way.port, listener, device, patience_s(self.job), own_address)
 
     def _join_host(self, way: Way, wire: Any) -> Any:
         from distml.exchange.segment import Segment
@@ -340,7 +341,7 @@ class WorkerActor:
         pid, descriptor = way.segment
         segment = self.segment if pid == os.getpid() else Segment.open(pid, descriptor, self.regions[way.keeps])
         at = self.trainer.injector.at
-        host = Host(segment, list(self.neighbours), self.rank, way.pids, self.patience_s, at)
+        host = Host(segment, list(self.neighbours), self.rank, way.pids, patience_s(self.job), at)
         return SharedMemoryGroup(host, [list(ranks) for ranks in self.hosts], wire)
 
     def _become_server(self, way: Way) -> Any:
@@ -383,15 +384,18 @@ class WorkerActor:
 
         try:
             self.trainer.load_for_test(tensors)
+            self.trainer.activity = "evaluate"
             means = self.trainer.evaluate_part(split, index, count)
         except Exception as error:
             return {"error": describe(error)}
+        finally:
+            self.trainer.activity = "end"
         return {"means": {name: (float(mean.total), float(mean.count)) for name, mean in means.items()}}
 
     @ray.method(concurrency_group="control")
-    def ping(self) -> str:
-        """Alive: what it is doing."""
-        return "start" if self.trainer is None else str(self.trainer.activity)
+    def ping(self) -> tuple[str, float]:
+        """Alive: what it is doing, and for how many seconds it has not moved in it."""
+        return ("start", 0.0) if self.trainer is None else (self.trainer.activity, self.trainer.motionless_s())
 
     @ray.method(concurrency_group="control")
     def interrupt(self, generation: int) -> None:
@@ -628,11 +632,11 @@ class ServerActor:
         """This shard's state at a version, if it is still there; it is handed over once."""
         return self.shard.take_capture(version)
 
-    async def ping(self) -> str:
+    async def ping(self) -> tuple[str, float]:
         """Alive, and nothing has failed unseen."""
         if self.failed is not None:
             raise self.failed
-        return "serving"
+        return "serving", 0.0
 
 
 def end_process(pid: int) -> None:

@@ -3,7 +3,8 @@
 `RayRuntime` is the one class that owns actor handles. Its consumer is the driver: it asks for events and says when to
 recover. Every wait has a limit: start-up by `limits.start_s`; training by a ping of each process every `heartbeat_s`,
 where one that gives no answer for `lost_after_s` is ended (SIGKILL, so that a stopped one goes too) and reported as
-`Lost`. Shutdown removes actors and placement group; a private Ray ends with the run. No torch here.
+`Lost`; so is one that blocks in its own work, ten times as long. Shutdown removes actors and placement group; a
+private Ray ends with the run. No torch here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from distml.exchange.channel import PeerLost
 from distml.exchange.layout import Array, Layout
 from distml.exchange.segment import Segment, lacking, read_kept
 from distml.inject import Injection
-from distml.runtime.actors import ServerActor, Way, WorkerActor, end_process
+from distml.runtime.actors import ServerActor, Way, WorkerActor, end_process, patience_s
 from distml.runtime.authentication import STUCK_THREAD, cluster_address
 from distml.runtime.cut import Cut, join_captures
 from distml.runtime.deaths import cause_of_death, out_of_memory_kills
@@ -408,7 +409,7 @@ class RayRuntime:
         return event
 
     def _heartbeat(self) -> None:
-        """Ping each process; who has given no answer for too long is ended."""
+        """Ping each process; who has given no answer for too long, or blocks in its own work, is ended."""
         limits, now = self.job.limits, time.monotonic()
         processes = {f"rank {r}": w for r, w in self.workers.items()} | {
             f"server {i}": s for i, s in self.servers.items()
@@ -424,8 +425,12 @@ class RayRuntime:
             if ray.wait([ping[0]], timeout=0)[0]:
                 del self.pings[role]
                 try:
-                    ray.get(ping[0])
+                    activity, motionless_s = ray.get(ping[0])
                     self.heard[role] = now
+                    if motionless_s > patience_s(self.job):
+                        self._end(role)
+                        self._mark_lost(role, f"it has not moved in {activity} for {motionless_s:.0f} s and was ended; "
+                                        "if that is no block, raise limits.lost_after_s")  # fmt: skip
                 except ray.exceptions.RayActorError as error:
                     self._mark_lost(role, self._cause(error))
                 except Exception as error:  # an exchange that failed where nobody waits for its result

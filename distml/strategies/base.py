@@ -104,6 +104,7 @@ class Strategy(ABC):
         self._rows = 0.0  # examples of this step, whatever its losses count
         self._frames = 0.0  # environment steps that this step is the first to use
         self._mark = time.perf_counter()
+        self.is_waiting, self.waited_until = False, 0.0  # for others, in the middle of own work; `time.monotonic()`
         self.leaves_gradients = True  # an exchange does not zero them itself
 
     # ------------------------------------------------------------------------------------------------------- building
@@ -260,8 +261,18 @@ class Strategy(ABC):
     def group_mean(self, tensor: Tensor) -> Tensor:
         """The mean over all workers (offer `group_mean`)."""
         total = tensor.detach().clone()
-        self.group.all_reduce(total)
+        with self._waiting():
+            self.group.all_reduce(total)
         return total / self.group.size
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Inside, others may be waited for: who does so is not blocked itself."""
+        self.is_waiting = True
+        try:
+            yield
+        finally:
+            self.is_waiting, self.waited_until = False, time.monotonic()
 
     def average_carried(self) -> None:
         """Floating buffers become their average by count over the group, integer ones rank 0's; sums are absorbed."""
@@ -287,7 +298,9 @@ class Strategy(ABC):
         """Sum named means over the group, in rank order."""
         payload = json.dumps({name: [float(mean.total), float(mean.count)] for name, mean in means.items()})
         summed: dict[str, Mean] = {}
-        for part in self.group.all_gather(payload.encode()):
+        with self._waiting():
+            parts = self.group.all_gather(payload.encode())
+        for part in parts:
             for name, (total, count) in json.loads(part).items():
                 summed[name] = summed.get(name, Mean(0.0, 0.0)) + Mean(total, count)
         return summed
