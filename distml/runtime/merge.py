@@ -28,6 +28,7 @@ class ReportMerger:
         self.versions: dict[int, list[Report]] = {}  # synchronous: version -> the ranks' reports of it
         self.step = self.examples = self.frames = 0
         self.seconds, self.bytes = 0.0, 0.0
+        self.frames_at = 0.0  # seconds when the last new frames were reported
         self.contributed: dict[int, float] = {}  # rank -> examples of its applied gradients so far
         self.buckets = 0  # of the histogram of staleness
 
@@ -40,6 +41,8 @@ class ReportMerger:
         self.step, self.examples = int(last.get("step", 0)), int(last.get("train/examples", 0))
         self.frames = int(last.get("rl/frames", 0))
         self.seconds, self.bytes = float(last.get("wall_s", 0.0)), float(last.get("comm/bytes", 0.0))
+        known = [row for row in rows if row["step"] <= step and row.get("rl/frames")]
+        self.frames_at = next((float(row["wall_s"]) for row in known if row["rl/frames"] == self.frames), 0.0)
 
     def add(self, report: Report) -> list[dict[str, Any]]:
         """The rows that this report completes."""
@@ -86,8 +89,9 @@ class ReportMerger:
             row["train/grad_norm"] = norms[0]
         if seconds > self.seconds:
             row["throughput/examples_per_s"] = (examples - self.examples) / (seconds - self.seconds)
-            if frames:
-                row["throughput/frames_per_s"] = (frames - self.frames) / (seconds - self.seconds)
+        if frames > self.frames and seconds > self.frames_at:  # some updates learn from earlier ones' frames
+            row["throughput/frames_per_s"] = (frames - self.frames) / (seconds - self.frames_at)
+            self.frames_at = seconds
         if not self.is_synchronous:
             row |= self._lag(reports)
         row["comm/bytes_per_step"], row["comm/bytes"] = sent / max(1, step - self.step), self.bytes

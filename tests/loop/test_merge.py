@@ -54,6 +54,24 @@ def test_an_asynchronous_rank_that_is_far_behind_does_not_hold_the_others_up():
     assert row["train/loss"] == pytest.approx(2.0)
 
 
+def playing(version: int, frames: int) -> Report:
+    found = report(0, version)
+    found.frames = frames
+    return found
+
+
+def test_frames_per_second_is_over_the_time_since_there_were_new_ones():
+    """PPO: four updates learn from one rollout's frames, and a row comes every two updates."""
+    merger = ReportMerger(1, is_synchronous=True)
+    name = "throughput/frames_per_s"
+    rows = [merger.add(playing(version, frames))[0] for version, frames in ((2, 64), (4, 64), (6, 128), (8, 128))]
+    assert [row["rl/frames"] for row in rows] == [64, 64, 128, 128]
+    assert [row.get(name) for row in rows] == [pytest.approx(64 / 0.2), None, pytest.approx(64 / 0.4), None]
+    merger.restore(8, rows)
+    (row,) = merger.add(playing(10, 192))
+    assert row[name] == pytest.approx(64 / 0.4)  # since version 6
+
+
 def lagging(rank: int, version: int, contributed: float, **staleness: int) -> Report:
     found = report(rank, version)
     found.values["contributed"] = contributed
