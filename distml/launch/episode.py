@@ -14,6 +14,7 @@ from distml.errors import UsageError
 from distml.runs.directory import RunDirectory
 from distml.spec.loader import load_spec
 from distml.spec.rl import ActingBlock
+from distml.spec.rllib import RLlibSpec
 from distml.spec.schema import JobSpec
 
 if TYPE_CHECKING:
@@ -29,13 +30,15 @@ FRAME_MS = 40
 def draw_episode(run: Path) -> str | None:
     """Write RUN/episode.gif; what to say about it, None where there is nothing to show.
 
-    A run that does not act, has no checkpoint yet, or plays what cannot be drawn has no picture; the last of these
-    is said.
+    A run that does not act has no picture; nor has one of RLlib, one without a checkpoint, or one that plays what
+    cannot be drawn, which is said.
     """
     directory = RunDirectory.view(run)
     if directory.read_spec_text() is None:
         return None
     job = load_spec(directory.spec).job
+    if isinstance(job, RLlibSpec):
+        return "no episode.gif: episodes of RLlib's algorithms are not drawn"
     if not isinstance(job, JobSpec) or not isinstance(job.task, ActingBlock):
         return None
     from distml.launch.evaluate import load_model
@@ -56,7 +59,7 @@ def play(trained: TrainedModel) -> tuple[list[Array], float, int]:
     Raises:
         UsageError: the environment cannot be drawn.
     """
-    from distml.rl.environments import Environments, evaluation_seeds
+    from distml.rl.environments import Environments, evaluation_seeds, uses_own_vector_form
     from distml.rl.evaluation import Plays, unclipped
 
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame would look for a screen and a sound card
@@ -64,7 +67,7 @@ def play(trained: TrainedModel) -> tuple[list[Array], float, int]:
     task = trained.task
     assert isinstance(task, Plays)
     spec = unclipped(task.spec.environment)
-    draws_itself = not spec.id.startswith("ALE/")  # games show what the policy sees
+    draws_itself = not uses_own_vector_form(spec, together=False)  # others show what the policy sees
     if draws_itself:
         spec = spec.model_copy(update={"args": {**spec.args, "render_mode": "rgb_array"}})
     environments = Environments(spec, evaluation_seeds("test", range(1)), together=False)

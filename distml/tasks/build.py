@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import sysconfig
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from distml.rl.on_policy import OnPolicyTask
 
 PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
+STANDARD = sysconfig.get_path("stdlib") + os.sep
 ON_POLICY: dict[type[OnPolicyBlock], tuple[str, str]] = {  # imported only when one is built
     ActorCriticSpec: ("distml.rl.actor_critic", "ActorCritic"),
     PPOSpec: ("distml.rl.ppo", "PPO"),
@@ -98,6 +100,7 @@ def describe(error: BaseException) -> str:
     """An exception in one line, with the innermost file and line that it comes from outside the libraries."""
     message = " ".join(str(error).split()) or "no message"
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith((PACKAGE, "<"))]
+    elsewhere = (PACKAGE, STANDARD, "<")
+    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(elsewhere)]
     where = f" ({os.path.basename(own[-1].filename)}:{own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {message[:500]}{where}"

@@ -15,6 +15,7 @@ from distml.launch.evaluate import load_model
 from distml.launch.run import run
 from distml.rl.atari import human_normalised
 from distml.runs.report import show
+from distml.spec.loader import load_spec
 from distml.tasks.base import Mean
 
 SPEC = {
@@ -57,6 +58,12 @@ def test_what_cannot_be_drawn_is_said(tmp_path):
     run(tmp_path / "job.yaml", out=tmp_path / "run")
     assert draw_episode(tmp_path / "run").startswith("no episode.gif: environment counting:Counting cannot be ")
     assert not (tmp_path / "run" / "episode.gif").exists()
+
+
+def test_of_rllib_no_episode_is_drawn_and_it_is_said(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "spec.yaml").write_text(load_spec("rllib-ppo-cartpole").dump())
+    assert draw_episode(tmp_path / "run") == "no episode.gif: episodes of RLlib's algorithms are not drawn"
 
 
 def test_what_does_not_act_has_no_picture(tmp_path):

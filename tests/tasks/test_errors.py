@@ -38,7 +38,7 @@ def own(name: str, **args) -> dict:
 @pytest.mark.parametrize(("task", "message"), [
     (own("BadModel"), r"RuntimeError: no such layer \(broken.py:\d+\)"),
     (own("NoModel"), "build_model must return an nn.Module, not NoneType"),
-    (own("Raises"), r"'broken:Raises' cannot be constructed: TypeError: missing a required argument: 'rank'"),
+    (own("Raises"), r"'broken:Raises' cannot be constructed: TypeError: missing a required argument: 'rank'$"),
     (own("NaN", steps=1), "'broken:NaN' cannot be constructed: TypeError: .*'step"),
     (own("NoTask"), "NoTask in broken is not a subclass of distml.Task"),
     (own("Vector"), r"loss must return a scalar, not \(\d+,\); return its mean"),
