@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from distml.errors import UsageError
-from distml.rl.distributions import Distribution, build_distribution
+from distml.rl.distributions import Distribution, Gaussian, build_distribution
 from distml.rl.networks import (
     ActionBranch,
     Convolutions,
@@ -35,12 +35,24 @@ from distml.rl.networks import (
     build_vector_encoding,
 )
 from distml.rl.normalise import RunningMoments
-from distml.spec.rl import CNNPolicySpec, MLPPolicySpec, NormaliseSpec, OwnPolicySpec, PolicySpec, RecurrentPolicySpec
+from distml.spec.rl import (
+    CNNPolicySpec,
+    MLPPolicySpec,
+    NormaliseSpec,
+    OwnPolicySpec,
+    PolicyBlock,
+    PolicySpec,
+    RecurrentPolicySpec,
+)
 from distml.tasks.build import describe
+
+DEFAULT_LOG_STD = PolicyBlock.model_fields["log_std"].default
 
 
 class Policy(nn.Module):
     """What acts and what is trained.
+
+    It is always in evaluation mode, see `train`.
 
     Attributes:
         distribution: over actions.
@@ -60,6 +72,19 @@ class Policy(nn.Module):
     def initial_state(self, num_envs: int) -> State:
         """The state at an episode's start: each tensor [E, ...]; none for a feed-forward policy."""
         return ()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode, whatever is asked for: dropout is off, and statistics of batches are those known.
+
+        What acted, what its log-probabilities are held against and what learns must be one and the same policy, not
+        three that differ by what dropout drew. Recurrent layers without dropout compute the same in both modes, but
+        can be trained on a GPU in training mode only, so they are in that.
+        """
+        super().train(False)
+        for module in self.modules():
+            if isinstance(module, nn.RNNBase) and not module.dropout:
+                module.training = True
+        return self
 
     def forward(self, observations: Tensor, state: State, resets: Tensor) -> tuple[Tensor, Tensor, State]:
         """Parameters [T, E, P], values [T, E] and the state after them.
@@ -201,6 +226,12 @@ def build_policy(
         UsageError: a space or a pair that is not supported, or an own module that does not give what it must.
     """
     distribution = build_distribution(action_space, not isinstance(spec, OwnPolicySpec) and spec.squashed)
+    if (
+        not isinstance(spec, OwnPolicySpec)
+        and spec.log_std != DEFAULT_LOG_STD
+        and not isinstance(distribution, Gaussian)
+    ):
+        raise UsageError(f"policy.log_std {spec.log_std:g} is for continuous actions, not {action_space}; leave it out")
     policy: Policy
     if isinstance(spec, OwnPolicySpec):
         policy = OwnPolicy(build_own_module(spec, observation_space, action_space), distribution)
@@ -213,6 +244,7 @@ def build_policy(
         policy.observation_moments = RunningMoments(tuple(observation_space.shape or ()), normalise.clip)
     if normalise.rewards:
         policy.reward_moments = RunningMoments((), normalise.clip)
+    policy.eval()
     if isinstance(policy, OwnPolicy):
         check_outputs(policy, spec.name, observation_space)
     return policy
@@ -300,16 +332,12 @@ def check_outputs(policy: OwnPolicy, name: str, space: spaces.Space[Any]) -> Non
     probe.seed(0)
     rows = np.stack([np.asarray(probe.sample()) for _ in range(num_steps * num_envs)])
     observations = torch.as_tensor(rows).unflatten(0, (num_steps, num_envs))
-    was_training = policy.training
-    policy.eval()  # a look must change neither running statistics nor the random state
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a look must not change the random state
             state = policy.initial_state(num_envs)
             got = policy.outputs(observations, state, torch.zeros(num_steps, num_envs, dtype=torch.bool))
     except Exception as error:
         raise UsageError(f"policy {name!r} fails on observations of {space}: {describe(error)}") from error
-    finally:
-        policy.train(was_training)
     if policy.is_recurrent:
         what = f"(parameters, values, state) of [T, E] = [{num_steps}, {num_envs}] observations"
         wanted: Any = ((num_steps, num_envs, size), (num_steps, num_envs), shapes(state))

@@ -109,7 +109,7 @@ class RecurrentPolicySpec(PolicyBlock):
 
 
 class OwnPolicySpec(OwnBlock):
-    """A user's own nn.Module: Class(observation_space, action_space, **args)."""
+    """A user's own nn.Module: Class(observation_space, action_space, **args); always in evaluation mode."""
 
 
 PolicySpec = Annotated[

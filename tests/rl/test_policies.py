@@ -311,8 +311,7 @@ def test_an_own_module_is_flattened_over_time_and_left_as_it_was():
     module = type(policy.module)(VECTOR, ACTIONS["discrete"], scale=2.0)
     module.load_state_dict(policy.module.state_dict())
     assert not policy.module.norm.num_batches_tracked
-    assert policy.training
-    policy.eval(), module.eval()
+    module.eval()
     observations = observations_of(VECTOR).double()
     parameters, values, state = run(policy, observations)
     wanted = module(observations.flatten(0, 1).float())
@@ -331,6 +330,34 @@ def test_looking_at_what_an_own_module_gives_draws_nothing():
     torch.manual_seed(0)
     module(observations_of(VECTOR).flatten(0, 1))
     assert not torch.equal(torch.rand(3), drawn)  # control
+
+
+def test_a_policy_is_the_same_whenever_it_is_asked():
+    observations = observations_of(VECTOR)
+    policy = build_policy(own("Linear"), VECTOR, ACTIONS["discrete"])
+    assert not any(module.training for module in policy.modules())
+    policy.train()
+    first, second = (run(policy, observations)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert not policy.module.norm.num_batches_tracked
+    torch.nn.Module.train(policy)  # control: dropout draws
+    assert not torch.equal(*(run(policy, observations)[0] for _ in range(2)))
+
+
+def test_recurrent_layers_stay_as_a_gpu_needs_them_to_be_trained():
+    policy = build_policy(recurrent(), VECTOR, ACTIONS["discrete"])
+    for mode in (True, False):
+        policy.train(mode)
+        assert [module for module in policy.modules() if module.training] == [each.cell for each in policy.memories]
+    policy.memories[0].cell.dropout = 0.5
+    assert policy.memories[0].cell not in [module for module in policy.train().modules() if module.training]
+
+
+@pytest.mark.parametrize("action", ["discrete", "multi"])
+def test_deviations_of_actions_that_have_none_are_refused(action):
+    with pytest.raises(UsageError, match=r"policy\.log_std -1 is for continuous actions, not .*Discrete"):
+        build_policy(mlp(log_std=-1.0), VECTOR, ACTIONS[action])
+    build_policy(mlp(log_std=0.0), VECTOR, ACTIONS[action])
 
 
 def test_an_own_module_with_a_state_counts_the_steps_of_its_episode():
