@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from distml.rl.on_policy import OnPolicyTask, estimate, masked_sum, mean_of, policy_age, standardised
+from distml.rl.on_policy import OnPolicyTask, estimate, masked_sum, mean_of, next_rollout, policy_age, standardised
 from distml.rl.policies import Policy
 from distml.rl.rollout import Collector, Rollout
 from distml.spec.rl import ActorCriticSpec
@@ -22,7 +22,7 @@ class ActorCritic(OnPolicyTask[ActorCriticSpec]):
 
     def next_batch(self, collector: Collector, policy: Policy, progress: Progress) -> Rollout:
         assert self.spec.n_steps is not None
-        return collector.collect(policy, self.spec.n_steps, progress.version)
+        return next_rollout(collector, policy, self.spec.n_steps, progress.version)
 
     def loss(self, model: nn.Module, batch: Rollout, progress: Progress) -> Loss:
         assert isinstance(model, Policy)

@@ -13,7 +13,7 @@ from torch import nn
 
 from distml.rl.acting import build_actor
 from distml.rl.atari import human_normalised
-from distml.rl.environments import Environments, evaluation_seeds
+from distml.rl.environments import Environments, check_finite, evaluation_seeds
 from distml.rl.policies import Policy
 from distml.spec.rl import EnvironmentSpec, EvaluationSpec
 from distml.tasks.base import Mean, Part
@@ -91,6 +91,9 @@ def play_by(
         max_frames: of an episode.
         split: whose seeds.
         episodes: numbers of episodes, of which seeds follow.
+
+    Raises:
+        EnvironmentFailed: an environment raised or gave what is not a number.
     """
     if not len(episodes):
         return np.zeros(0), np.zeros(0)
@@ -102,6 +105,8 @@ def play_by(
         observations = environments.reset()
         for _ in range(max_frames):
             transition = environments.step(act(observations, resets))
+            check_finite(environment.id, transition.observations[None], transition.rewards[None], environments.seeds,
+                         environments.steps - 1)  # fmt: skip
             observations, resets = transition.observations, np.zeros(num_envs, dtype=bool)
             returns += np.where(plays, transition.rewards, 0.0)
             lengths += plays

@@ -76,6 +76,17 @@ class ActingStream:
         raise TypeError("environments cannot go on from a state")
 
 
+def next_rollout(collector: Collector, policy: Policy, num_steps: int, version: int) -> Rollout:
+    """Act for T steps, and on until a step is valid: what all environments only began anew in is nothing to learn from.
+
+    That can be so with T = 1 alone, as no environment begins anew twice in a row.
+    """
+    rollout = collector.collect(policy, num_steps, version)
+    while not rollout.num_frames:
+        rollout = collector.collect(policy, num_steps, version)
+    return rollout
+
+
 def estimate(
     policy: Policy, rollout: Rollout, values: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ Per valid step: -min(r A, clip(r, 1 - c, 1 + c) A) - entropy x H + value_coeffic
 r = pi(a|s) / pi_old(a|s). What is old is computed on the very pieces of the first pass, so that the first minibatch has
 r = 1 and KL = 0 to the last bit.
 
-A column is what a minibatch is made of: a row where policies have no memory (T = 1, C = steps x environments), a whole
-environment's sequence where they have one (C = environments).
+A column is what a minibatch is made of: a row where policies have no memory (T = 1, C = steps x environments, of which
+the valid ones are dealt out), a whole environment's sequence where they have one (C = environments).
 
 Shapes: T steps, E environments, C columns, O one observation, A one action, P distribution parameters, H a state.
 """
@@ -163,6 +163,8 @@ class PPO(OnPolicyTask[PPOSpec]):
 def passes(spec: PPOSpec, policy: Policy, rollout: Rollout, generator: np.random.Generator) -> Iterator[Minibatch]:
     """All of a rollout's minibatches, as many on every worker; each pass in an order of its own.
 
+    No minibatch is without a valid row: the spec's rules leave at least one for each.
+
     Raises:
         UsageError: a policy with a memory has fewer environments than there are minibatches.
     """
@@ -170,12 +172,14 @@ def passes(spec: PPOSpec, policy: Policy, rollout: Rollout, generator: np.random
     if num_columns < spec.minibatches:
         raise UsageError(f"{num_columns} {'environments' if policy.is_recurrent else 'rows'} per worker cannot be cut "
                          f"into {spec.minibatches} minibatches; lower task.minibatches")  # fmt: skip
-    pieces = shuffled(num_columns, spec.minibatches, generator)
-    whole = evaluated(spec, policy, rollout, pieces)
+    is_trained = torch.ones(num_columns, dtype=torch.bool) if policy.is_recurrent else rollout.valid.flatten().cpu()
+    trained, dummies = is_trained.nonzero().flatten(), (~is_trained).nonzero().flatten()
+    pieces = shuffled(trained, spec.minibatches, generator)
+    whole = evaluated(spec, policy, rollout, [*pieces, dummies] if len(dummies) else pieces)
     first: dict[str, Any] = {"frames": float(rollout.num_frames), "metrics": whole.metrics}
     for epoch in range(spec.epochs):
         if epoch:
-            pieces = shuffled(num_columns, spec.minibatches, generator)
+            pieces = shuffled(trained, spec.minibatches, generator)
         for piece in pieces:
             batch = whole.columns(piece)
             if spec.normalise_advantages:
@@ -184,9 +188,9 @@ def passes(spec: PPOSpec, policy: Policy, rollout: Rollout, generator: np.random
             first = {}
 
 
-def shuffled(count: int, num_pieces: int, generator: np.random.Generator) -> list[Tensor]:
-    """The numbers below `count`, drawn into pieces of nearly equal size (int64)."""
-    return list(torch.from_numpy(generator.permutation(count)).tensor_split(num_pieces))
+def shuffled(numbers: Tensor, num_pieces: int, generator: np.random.Generator) -> list[Tensor]:
+    """The numbers, drawn into pieces of nearly equal size."""
+    return list(torch.from_numpy(generator.permutation(numbers.numpy())).tensor_split(num_pieces))
 
 
 def evaluated(spec: PPOSpec, policy: Policy, rollout: Rollout, pieces: list[Tensor]) -> Minibatch:
@@ -198,7 +202,7 @@ def evaluated(spec: PPOSpec, policy: Policy, rollout: Rollout, pieces: list[Tens
         spec: the task's block.
         policy: with the weights that acted.
         rollout: of T steps of E environments.
-        pieces: of columns, in which they are evaluated: the same numbers come out of the same pieces.
+        pieces: of all columns, in which they are evaluated: the same numbers come out of the same pieces.
     """
 
     def columns(rows: Tensor) -> Tensor:

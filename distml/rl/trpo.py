@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from distml.errors import UsageError
 from distml.rl.conjugate_gradient import Point, Surface, backtracked, conjugate_gradient, curvature_of, slope
-from distml.rl.on_policy import OnPolicyTask, estimate, masked_sum, mean_of, policy_age
+from distml.rl.on_policy import OnPolicyTask, estimate, masked_sum, mean_of, next_rollout, policy_age
 from distml.rl.policies import OwnPolicy, Policy
 from distml.rl.ppo import explained_variance
 from distml.rl.rollout import Collector, Rollout
@@ -53,15 +53,19 @@ class TRPO(OnPolicyTask[TRPOSpec]):
 
     def next_batch(self, collector: Collector, policy: Policy, progress: Progress) -> Rollout:
         assert self.spec.n_steps is not None
-        return collector.collect(policy, self.spec.n_steps, progress.version)
+        return next_rollout(collector, policy, self.spec.n_steps, progress.version)
 
     # ---------------------------------------------------------------------------------------------------------- policy
     def policy_loss(self, model: nn.Module, batch: Rollout, progress: Progress) -> Loss:
-        """The policy's step."""
+        """The policy's step; none if all of it is frozen."""
         assert isinstance(model, Policy)
-        means = MeansOverWorkers(self, batch)
+        trained = matching(model, is_actor=True)
+        if not trained:
+            count = float(batch.num_frames)
+            metrics = {**policy_age(batch.version, progress, count), **batch.metrics}
+            return Loss(batch.rewards.new_zeros(()), count, metrics)
+        means, surface = MeansOverWorkers(self, batch), Surface(trained)
         objective = Surrogate(model, batch, self._advantages(model, batch, means), self.spec.entropy)
-        surface = Surface(matching(model, is_actor=True))
         step = self._policy_step(objective, surface, means)
         gain, divergence = (one.detach() for one in objective(surface.at(step)))
         count = means.count
@@ -114,18 +118,21 @@ class TRPO(OnPolicyTask[TRPOSpec]):
 
     # ----------------------------------------------------------------------------------------------------------- value
     def value_loss(self, model: nn.Module, batch: Rollout, progress: Progress) -> Loss:
-        """The critic's step; it sees the values that the policy's step was found with."""
+        """The critic's step; it sees the values that the policy's step was found with. None if all of it is frozen."""
         assert isinstance(model, Policy)
-        means, surface = MeansOverWorkers(self, batch), Surface(matching(model, is_actor=False))
         with torch.no_grad():
             _, values, _ = model(batch.observations, batch.state, batch.resets)
         _, returns = estimate(model, batch, values, self.spec.gamma, self.spec.gae_lambda)
+        metrics, count = explained_variance(values[:-1], returns, batch.valid), float(batch.num_frames)
+        trained = matching(model, is_actor=False)
+        if not trained:
+            return Loss(batch.rewards.new_zeros(()), count, metrics, frames=count)
+        means, surface = MeansOverWorkers(self, batch), Surface(trained)
         critic, step = Critic(model, batch, returns), surface.zeros()
         for _ in range(self.spec.value_iterations):
             step = step + self._value_step(critic, surface, step, means)
         error = critic.error(critic(surface.at()).detach())
-        metrics = explained_variance(values[:-1], returns, batch.valid)
-        return Loss(-means.count * surface.along(step) + error, means.count, metrics, frames=means.count)
+        return Loss(-count * surface.along(step) + error, count, metrics, frames=count)
 
     def _value_step(self, critic: Critic, surface: Surface, start: Tensor, means: MeansOverWorkers) -> Tensor:
         """One Gauss-Newton step from `start` [N], scaled into the region, halved until the error falls."""

@@ -9,9 +9,10 @@ import pytest
 import torch
 from own.advantages import by_hand
 from own.oracle import job_of, spec_of, train
+from own.rl_jobs import acting_spec
 
 from distml.exchange.flat import to_numpy
-from distml.rl.environments import Environments, training_seeds
+from distml.rl.environments import EnvironmentFailed, Environments, training_seeds
 from distml.runtime.inline import InlineRuntime
 from distml.strategies.base import seed_everything
 from distml.tasks.base import Part, Progress
@@ -110,6 +111,16 @@ def test_what_dummy_rows_hold_does_not_matter():
     assert float(task.loss(model, batch, Progress()).total) != before
 
 
+@pytest.mark.parametrize("name", ["actor_critic", "trpo"])
+def test_every_update_learns_from_something(name):
+    """One environment whose every other row is a dummy, one step at a time."""
+    optimizer = {"name": "sgd", "lr": 1.0} if name == "trpo" else {"name": "adam", "lr": 0.01}
+    task = task_of(environment={"id": "own.counting:Counting", "args": {"length": 1}}, envs_per_worker=1, n_steps=1)
+    trained = train(acting_spec(task | {"name": name}, steps=6, optimizer=optimizer))
+    progress = trained.strategies[0].progress
+    assert (progress.version, progress.frames) == (6, 6)
+
+
 def test_a3c_with_one_worker_is_a_serial_actor_critic_bitwise():
     """Acting, loss and Adam in one plain loop, with torch's own optimiser."""
     trained = train(a3c(steps=8))
@@ -191,6 +202,12 @@ def test_each_evaluated_episode_is_a_whole_one():
     _, task, model, _ = built(environment=environment, evaluation={"episodes": 5, "max_frames": 2})
     found = task.evaluate(model, Part(0, 1, 3, "validation"), Progress())
     assert found["return_greedy_mean"].value == 1 + 2
+
+
+def test_a_score_that_is_no_number_says_whose_it_is():
+    _, task, model, _ = built(environment={"id": "own.counting:Counting", "args": {"nan_at": 2}})
+    with pytest.raises(EnvironmentFailed, match=r"gave a reward that is not finite \(environment 0, seed 0, step 1\)"):
+        task.evaluate(model, Part(0, 1, 3, "validation"), Progress())
 
 
 def test_training_seeds_of_a_stream_are_not_those_of_an_evaluation():

@@ -11,10 +11,12 @@ from own.oracle import job_of, train
 from own.rl_jobs import acting_spec, alone, first_batches, gradient, greedy, perturbed, returns_of
 
 from distml.errors import UsageError
-from distml.rl.ppo import explained_variance
+from distml.rl.on_policy import estimate
+from distml.rl.ppo import explained_variance, passes
 from distml.tasks.base import Progress
 
 LSTM = {"name": "lstm", "hidden": [8], "units": 8}
+DROPOUT = {"name": "policies:Linear"}
 
 
 def ppo(**changes):
@@ -24,9 +26,10 @@ def ppo(**changes):
 
 
 # ---------------------------------------------------------------------------------------------------------- minibatches
-@pytest.mark.parametrize("policy", [{"name": "mlp"}, LSTM], ids=["mlp", "lstm"])
+@pytest.mark.parametrize("policy", [{"name": "mlp"}, LSTM, DROPOUT], ids=["mlp", "lstm", "dropout"])
 def test_the_first_minibatch_is_at_ratio_one_to_the_last_bit(policy):
     task, model, (first, *_) = first_batches(acting_spec(ppo(policy=policy)), 1)
+    model.train()
     loss = task.loss(model, first, Progress())
     assert loss.metrics["approx_kl"].total == 0.0
     assert loss.metrics["clip_fraction"].total == 0.0
@@ -55,8 +58,35 @@ def test_every_pass_covers_the_rollout_once_in_another_order(policy):
     assert not np.array_equal(rows(batches[:4]), rows(batches[4:8]))
     assert [batch.frames for batch in batches[:8]] == [float(rollout.num_frames), *[0.0] * 7]
     assert [batch.version for batch in batches] == [0] * 8 + [8]
-    assert [len(batch) for batch in batches] == [32] * 9
     assert rollout.num_frames < 128  # there are dummy rows, and they are not counted
+    sizes = [len(batch) for batch in batches[:8]]
+    if policy is LSTM:
+        assert sizes == [32] * 8
+    else:
+        assert sum(sizes) == 2 * rollout.num_frames
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_no_minibatch_is_without_a_valid_row():
+    """Every other row is a dummy: four minibatches of four valid rows."""
+    environment = {"id": "own.counting:Counting", "args": {"length": 1}}
+    spec = acting_spec(ppo(environment=environment, envs_per_worker=1, n_steps=8))
+    _, _, batches = first_batches(spec, 40)
+    assert [int(batch.valid.sum()) for batch in batches] == [1] * 40
+    assert sum(batch.frames for batch in batches) == 20.0
+
+
+def test_values_of_dummy_rows_are_known_all_the_same():
+    """A limit ends episodes, so that a dummy shows the last observation of its episode, which is bootstrapped with."""
+    environment = {"id": "own.counting:Counting", "args": {"length": 3, "truncates": True}}
+    task, model, stream = alone(acting_spec(ppo(environment=environment)))
+    rollout = stream.collector.collect(model, 32, 0)
+    _, values, _ = model(rollout.observations, (), rollout.resets)
+    advantages, returns = estimate(model, rollout, values, task.spec.gamma, task.spec.gae_lambda)
+    batches = list(passes(task.spec, model, rollout, np.random.default_rng(0)))[:4]
+    for name, expected in (("advantages", advantages), ("returns", returns), ("values", values[:-1].detach())):
+        found = torch.cat([getattr(batch, name)[0] for batch in batches]).sort().values
+        torch.testing.assert_close(found, expected[rollout.valid].sort().values)
 
 
 def test_a_step_stays_with_its_own_numbers_and_sequences_stay_whole():
@@ -85,7 +115,7 @@ def test_a_step_stays_with_its_own_numbers_and_sequences_stay_whole():
 def test_more_minibatches_than_columns_are_refused():
     with pytest.raises(UsageError, match=r"cannot be cut into 4"):
         job_of(acting_spec(ppo(envs_per_worker=1, n_steps=1)))
-    spec = acting_spec(ppo(envs_per_worker=2, n_steps=2, policy={"name": "policies:Counter"}))
+    spec = acting_spec(ppo(envs_per_worker=2, n_steps=8, policy={"name": "policies:Counter"}))
     with pytest.raises(UsageError, match=r"2 environments per worker cannot be cut into 4 minibatches"):
         first_batches(spec, 1)
 
@@ -109,21 +139,23 @@ def naive_loss(task, model, batch):
     return total
 
 
+@pytest.mark.parametrize("policy", [{"name": "mlp"}, LSTM], ids=["mlp", "lstm"])
 @pytest.mark.parametrize("value_clip", [None, 0.05])
-def test_the_loss_is_the_sum_over_valid_steps(value_clip):
-    task, model, batches = first_batches(acting_spec(ppo(value_clip=value_clip, entropy=0.1, minibatches=2)), 2)
+def test_the_loss_is_the_sum_over_valid_steps(value_clip, policy):
+    changes = {"value_clip": value_clip, "entropy": 0.1, "minibatches": 2, "policy": policy}
+    task, model, batches = first_batches(acting_spec(ppo(**changes)), 2)
     perturbed(model, 0.2)
     for batch in batches:
         loss, naive = task.loss(model, batch, Progress()), naive_loss(task, model, batch)
         assert loss.count == int(batch.valid.sum())
         assert loss.total.item() == pytest.approx(naive.item(), rel=1e-5)
         np.testing.assert_allclose(gradient(model, loss.total), gradient(model, naive), atol=2e-4)
-    assert any(not batch.valid.all() for batch in batches)
+    assert any(not batch.valid.all() for batch in batches) == (policy is LSTM)
     assert loss.metrics["clip_fraction"].total > 0
 
 
 def test_what_dummy_rows_hold_has_no_part_in_it():
-    task, model, (batch, *_) = first_batches(acting_spec(ppo(minibatches=1, normalise_advantages=True)), 1)
+    task, model, (batch, *_) = first_batches(acting_spec(ppo(minibatches=1, normalise_advantages=True, policy=LSTM)), 1)
     before = gradient(model, task.loss(model, batch, Progress()).total)
     assert not batch.valid.all()
     for name in ("advantages", "returns", "log_probs", "values"):

@@ -16,7 +16,9 @@ from distml.errors import UsageError
 from distml.rl.conjugate_gradient import Surface, conjugate_gradient, curvature_of
 from distml.rl.on_policy import estimate
 from distml.rl.trpo import Critic, MeansOverWorkers, Surrogate, matching
+from distml.strategies.base import seed_everything
 from distml.tasks.base import Progress
+from distml.tasks.build import build_task
 
 SGD = {"name": "sgd", "lr": 1.0}
 EXACT = {"name": "rl_policies:Exact", "args": {}}
@@ -292,6 +294,23 @@ def test_frames_are_counted_once():
     empty = dataclasses.replace(batch, valid=torch.zeros_like(batch.valid), num_frames=0)
     loss = task.policy_loss(model, empty, Progress())
     assert (float(loss.total.detach()), loss.count) == (0.0, 0.0)
+
+
+GROUPS = [("single", 1), ("all_reduce", 2), ({"name": "parameter_server", "mode": "sync"}, 2)]
+
+
+@pytest.mark.parametrize(("strategy", "workers"), GROUPS, ids=["single", "all_reduce", "sync"])
+@pytest.mark.parametrize("frozen", ["policy", "value"])
+def test_a_half_that_is_frozen_stays_and_the_other_is_trained(frozen, strategy, workers):
+    keys = {"strategy": strategy, "workers": workers, "init": {"freeze": [f"{frozen}.*"]}, "steps": 3}
+    trained = train(spec(trpo(n_steps=8), **keys))
+    seed_everything(trained.runtime.job.seed)
+    fresh = dict(build_task(trained.runtime.job).build_model().named_parameters())
+    model = trained.runtime.trainers[0].model
+    changed = {name for name, one in model.named_parameters() if not torch.equal(one, fresh[name])}
+    assert changed
+    assert not [name for name in changed if name.startswith(frozen)]
+    assert trained.strategies[0].progress.frames > 0
 
 
 @pytest.mark.parametrize(
