@@ -8,8 +8,10 @@ factor gamma^t (Nota & Thomas 2020).
 
 Baselines b (none of them changes the gradient's mean):
 
-    moving_average   decayed mean of the reward-to-go of earlier batches, a number that the model carries
-    learned          V(s_t), trained on the reward-to-go
+    moving_average   decayed mean of the reward-to-go of earlier batches, a number that the model carries; the same in
+                     all uses of a batch
+    learned          V(s_t), trained on the reward-to-go; with epochs > 1 later uses of a batch are held against values
+                     that have been trained on it already, which biases them a little
     optimal          per time step, b_t = E[w g^2 G] / E[w^2 g^2], with g the norm of the score of step t,
                      d log pi(a_t|s_t) / d theta: what makes the variance of the t-th term least (Greensmith, Bartlett
                      & Baxter 2004). Estimated over the other episodes of the batch, so that none is held against itself
@@ -92,6 +94,7 @@ class Reinforce(OnPolicyTask[ReinforceSpec]):
         super().__init__(spec, max_failures)
         self.rollout: Rollout | None = None
         self.uses = 0
+        self.past: float | None = None  # the moving average that the rollout is held against
 
     def build_model(self) -> nn.Module:
         policy = super().build_model()
@@ -112,11 +115,13 @@ class Reinforce(OnPolicyTask[ReinforceSpec]):
         """The episodes in hand once more, or new ones."""
         if self.rollout is not None and self.uses < self.spec.epochs:
             self.uses += 1
-            return prepared(self.spec, policy, self.rollout)
+            return prepared(self.spec, policy, self.rollout, self.past)
         assert isinstance(collector, EpisodeCollector)
         self.rollout, self.uses = collector.episodes_of(policy, progress.version).to(collector.part.device), 1
-        batch = prepared(self.spec, policy, self.rollout)
-        if self.spec.baseline == "moving_average":  # the batch itself was held against earlier ones
+        if self.spec.baseline == "moving_average":
+            self.past = remembered(policy)
+        batch = prepared(self.spec, policy, self.rollout, self.past)
+        if self.spec.baseline == "moving_average":  # the batch itself is held against earlier ones, at each use
             remember(policy, self.spec.decay, batch)
         return replace(batch, frames=float(self.rollout.num_frames), metrics=self.rollout.metrics)
 
@@ -146,13 +151,14 @@ class Reinforce(OnPolicyTask[ReinforceSpec]):
 
 
 @torch.no_grad()
-def prepared(spec: ReinforceSpec, policy: Policy, rollout: Rollout) -> EpisodeBatch:
+def prepared(spec: ReinforceSpec, policy: Policy, rollout: Rollout, past: float | None = None) -> EpisodeBatch:
     """Returns, weights and baseline for the policy of now.
 
     Args:
         spec: the task's block.
         policy: whose gradient is wanted.
         rollout: whole episodes, by whatever policy its parameters are of.
+        past: moving_average: what it is held against; None: the mean of now.
     """
     targets = to_go(rollout, rollout.rewards, spec.gamma)
     weights, returns = torch.ones_like(targets), targets
@@ -161,7 +167,7 @@ def prepared(spec: ReinforceSpec, policy: Policy, rollout: Rollout) -> EpisodeBa
         returns = to_go(rollout, rollout.rewards * weights, spec.gamma)
     baseline = None if spec.baseline == "learned" else torch.zeros_like(targets)
     if spec.baseline == "moving_average":
-        baseline = torch.full_like(targets, remembered(policy))
+        baseline = torch.full_like(targets, remembered(policy) if past is None else past)
     if spec.baseline == "optimal":
         squares = squared_scores(policy, rollout)
         baseline = ratio_of_others(weights * squares * returns, weights.square() * squares)

@@ -9,6 +9,7 @@ from distml.spec.environments import unknown_environment
 from distml.spec.messages import Problem
 from distml.spec.rl import (
     ActingBlock,
+    ActorCriticSpec,
     OnPolicyBlock,
     OwnPolicySpec,
     PPOSpec,
@@ -124,8 +125,10 @@ def check_acting(job: JobSpec, task: ActingBlock) -> Iterator[Problem]:
     yield from _checkpoints(job, task)
     if isinstance(task, OnPolicyBlock):
         yield from _policy(task)
-    if isinstance(task, PPOSpec) and isinstance(task.policy, RecurrentPolicySpec | OwnPolicySpec):
-        yield from _whole_sequences(task)
+    if isinstance(task, ActorCriticSpec):
+        yield from _actor_critic(job, task)
+    if isinstance(task, PPOSpec):
+        yield from _minibatches(task)
     if isinstance(task, TRPOSpec):
         yield from _trpo(job, task)
     if isinstance(task, ReinforceSpec):
@@ -155,7 +158,25 @@ def _policy(task: OnPolicyBlock) -> Iterator[Problem]:
                       (("task", "policy", "channels"), ("task", "policy")))  # fmt: skip
 
 
-def _whole_sequences(task: PPOSpec) -> Iterator[Problem]:
+def _actor_critic(job: JobSpec, task: ActorCriticSpec) -> Iterator[Problem]:
+    if task.normalise_advantages and job.micro_batch_size is not None:
+        yield Problem(
+            f"task.normalise_advantages is over a worker's rollout, which micro_batch_size {job.micro_batch_size} cuts "
+            "into pieces; remove one of them",
+            (("micro_batch_size",), ("task", "normalise_advantages")),
+        )
+
+
+def _minibatches(task: PPOSpec) -> Iterator[Problem]:
+    # An environment never begins anew twice in a row, so at least every other row of a rollout is no dummy.
+    fewest = task.envs_per_worker * ((task.n_steps or 0) // 2)
+    if task.n_steps is not None and task.environment.autoreset != "same_step" and fewest < task.minibatches:
+        yield Problem(
+            f"where environments begin anew nothing is learned, so envs_per_worker {task.envs_per_worker} x n_steps "
+            f"{task.n_steps} may leave as few as {fewest} rows for minibatches {task.minibatches}; raise task.n_steps "
+            "or lower task.minibatches",
+            (("task", "minibatches"), ("task", "n_steps"), ("task", "envs_per_worker")),
+        )
     if isinstance(task.policy, RecurrentPolicySpec) and task.envs_per_worker % task.minibatches:
         yield Problem(
             f"a recurrent policy's minibatches are whole environments: envs_per_worker {task.envs_per_worker} is not a "
@@ -233,3 +254,12 @@ def _reinforce(task: ReinforceSpec) -> Iterator[Problem]:
             "have; take baseline: learned",
             (("task", "baseline"),),
         )
+    # A setting that nothing reads would look as if it did something.
+    for key, reader, is_read in (
+        ("decay", "baseline: moving_average", task.baseline == "moving_average"),
+        ("value_coefficient", "baseline: learned", task.baseline == "learned"),
+        ("max_weight", "importance_weighting: true", task.importance_weighting),
+    ):
+        value = getattr(task, key)
+        if not is_read and value != ReinforceSpec.model_fields[key].default:
+            yield Problem(f"task.{key} {value:g} is for {reader}; remove it, or set that", (("task", key),))

@@ -149,6 +149,12 @@ def check_rllib(job: RLlibSpec) -> Iterator[Problem]:
             hint = near(block.metric, EVALUATED) or EVALUATED[0]
             yield Problem(f"{dotted(path)}: an evaluation does not report {block.metric!r}; it reports "
                           f"{' and '.join(EVALUATED)}; did you mean {hint!r}?", (path, path[:-1]), "value")  # fmt: skip
+    if job.seed and job.config.get("batch_mode") == "complete_episodes":
+        yield Problem(
+            f"seed {job.seed} would hold for evaluations alone: with config.batch_mode complete_episodes RLlib would "
+            "begin every call in the same states, so it gets none; remove seed, or take batch_mode: truncate_episodes",
+            (("seed",),),
+        )
     if job.algorithm in OFFLINE:
         if stop.frames is not None:
             yield Problem(

@@ -22,7 +22,9 @@ BASELINES = ("none", "moving_average", "learned", "optimal")
 def made(environment, episodes=16, **changes):
     """A task whose policy is logits and values, both linear in what is shown, with weights that are not zero."""
     task = {"name": "reinforce", "environment": environment, "envs_per_worker": episodes, "gamma": 1.0,
-            "policy": {"name": "mlp", "hidden": [], "trunk": "separate"}, "value_coefficient": 0.0}  # fmt: skip
+            "policy": {"name": "mlp", "hidden": [], "trunk": "separate"}}  # fmt: skip
+    if changes.get("baseline", "learned") == "learned":
+        task["value_coefficient"] = 0.0
     task, model, stream = alone(acting_spec(task | changes))
     with torch.no_grad():
         for parameter in model.parameters():

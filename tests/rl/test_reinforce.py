@@ -58,7 +58,7 @@ def test_every_environment_plays_exactly_one_episode_from_its_start(environment)
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 def test_the_loss_is_the_sum_over_episodes(baseline, weighted):
-    changes = {"gamma": 0.9, "entropy": 0.1, "value_coefficient": 0.7}
+    changes = {"gamma": 0.9, "entropy": 0.1} | ({"value_coefficient": 0.7} if baseline == "learned" else {})
     spec = acting_spec(reinforce(baseline=baseline, importance_weighting=weighted, **changes))
     task, model, (batch,) = first_batches(spec, 1)
     perturbed(model, 0.1)
@@ -104,6 +104,16 @@ def test_epochs_use_the_same_episodes_with_weights_of_their_own():
     assert float((batches[1].weights - 1.0).abs().max()) > 0.01
     assert not torch.equal(batches[1].weights, batches[2].weights)
     assert task.loss(model, batches[2], Progress(version=2)).metrics["rl/policy_age_mean"].value == 2.0
+
+
+def test_a_moving_average_is_that_of_before_a_batch_in_all_its_uses():
+    changes = {"epochs": 2, "importance_weighting": True, "baseline": "moving_average", "gamma": 1.0}
+    _, model, stream = alone(acting_spec(reinforce(**changes)))
+    batches = [stream.next(model, Progress(version=step)) for step in range(5)]
+    held = [float(batch.baseline.unique()) for batch in batches]
+    first = float(batches[0].targets[batches[0].rollout.valid].mean())
+    assert held[:4] == pytest.approx([0.0, 0.0, first, first])
+    assert held[4] != pytest.approx(first)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)

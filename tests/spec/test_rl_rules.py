@@ -151,6 +151,26 @@ BAD = {
     "old episodes without weights": (
         "task: {name: reinforce, environment: CartPole-v1, epochs: 3}", "4:51", "set importance_weighting: true",
     ),
+    "standardised in pieces": (
+        "task: {name: actor_critic, environment: CartPole-v1, normalise_advantages: true}\nmicro_batch_size: 64", "5:1",
+        "is over a worker's rollout, which micro_batch_size 64 cuts into pieces; remove one of them",
+    ),
+    "minibatches that may be empty": (
+        "task: {name: ppo, environment: CartPole-v1, envs_per_worker: 1, n_steps: 8, minibatches: 8}", "4:77",
+        "may leave as few as 4 rows for minibatches 8; raise task.n_steps or lower task.minibatches",
+    ),
+    "a decay that nothing reads": (
+        "task: {name: reinforce, environment: CartPole-v1, decay: 0.5}", "4:51",
+        "task.decay 0.5 is for baseline: moving_average; remove it",
+    ),
+    "a coefficient that nothing reads": (
+        "task: {name: reinforce, environment: CartPole-v1, value_coefficient: 0.1, baseline: none}", "4:51",
+        "task.value_coefficient 0.1 is for baseline: learned; remove it",
+    ),
+    "a largest weight that nothing reads": (
+        "task: {name: reinforce, environment: CartPole-v1, max_weight: 2.0}", "4:51",
+        "task.max_weight 2 is for importance_weighting: true; remove it",
+    ),
     "a schedule whose end nobody knows": (
         "task: {name: reinforce, environment: CartPole-v1}\noptimizer: {name: adam, schedule: linear}", "5:25",
         "must know where it ends",
@@ -168,6 +188,16 @@ def test_a_wrong_spec_is_refused_at_its_place(case, fails):
     message = fails(f"{head}{text}\n")
     assert phrase in message, message
     assert message.startswith(f"job.yaml:{place}"), message
+
+
+def test_settings_that_are_read_may_be_anything():
+    pairs = [{"decay": 0.5, "baseline": "moving_average"}, {"value_coefficient": 0.1},
+             {"max_weight": 2.0, "importance_weighting": True}, {"decay": 0.9, "max_weight": 10.0}]  # fmt: skip
+    for keys in pairs:
+        load({"name": "reinforce", "environment": "CartPole-v1", **keys})
+    load({"name": "actor_critic", "environment": "CartPole-v1"}, micro_batch_size=64)
+    environment = {"id": "CartPole-v1", "autoreset": "same_step"}  # without dummies
+    load({"name": "ppo", "environment": environment, "envs_per_worker": 1, "n_steps": 8, "minibatches": 8})
 
 
 def test_frames_end_a_schedule_where_each_becomes_so_many_examples():

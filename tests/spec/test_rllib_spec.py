@@ -77,6 +77,11 @@ BROKEN = {
         "stands in evaluate.every and evaluate.episodes",
     ),
     "our seed": (f"{GOOD}config: {{seed: 3}}", "7:10", "the seed stands in the key 'seed'"),
+    "a seed that would not hold": (
+        f"{GOOD}config: {{batch_mode: complete_episodes}}\nseed: 3",
+        "8:1",
+        "seed 3 would hold for evaluations alone",
+    ),
     "a class": (f"{GOOD}config: {{callbacks_class: os.system}}", "7:10", "it takes Python code"),
     "a function": (f"{GOOD}config: {{callbacks_on_sample_end: x}}", "7:10", "it takes Python code"),
     "old stack": (f"{GOOD}config: {{model: {{fcnet_hiddens: [3]}}}}", "7:10", "use model_config"),
