@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from distml.errors import UsageError
 from distml.spec.environments import unknown_environment
-from distml.spec.rl import EnvironmentSpec
+from distml.spec.rl import EnvironmentSpec, WrapperSpec
 from distml.tasks.data import mix
 
 Array: TypeAlias = NDArray[Any]
@@ -122,6 +122,7 @@ class Environments:
 
         Raises:
             EnvironmentFailed: one raised.
+            UsageError: episodes ended whose last observation is missing.
         """
         with self._named("step"):
             observations, rewards, terminated, truncated, infos = self.vector.step(actions)
@@ -131,6 +132,10 @@ class Environments:
             valid = self._all_valid
             if "final_obs" in infos:
                 final = final_observations(infos["final_obs"], np.asarray(observations))
+            elif (terminated | truncated).any():
+                raise UsageError(f"environment {self.spec.id} begins anew in the same step without infos['final_obs'], "
+                                 "the last observations of the episodes that ended; give them, or begin anew in the "
+                                 "next step")  # fmt: skip
         else:
             valid = ~self._ended
             self._ended = terminated | truncated
@@ -195,9 +200,10 @@ def make_vector(spec: EnvironmentSpec, num_envs: int, together: bool = True) -> 
     """
     own = own_class(spec)
     if own is not None and issubclass(own, VectorEnv):
+        _check_own_vector(spec)
         make_own: Callable[..., VectorEnv[Any, Any, Any]] = own
         return _checked(spec, lambda: make_own(num_envs=num_envs, **spec.args))
-    if own is None and uses_own_vector_form(spec, together):
+    if uses_own_vector_form(spec, together):
         arguments = {**spec.args, **one_thread(spec)}
         if spec.autoreset is not None:
             arguments["autoreset_mode"] = MODES[spec.autoreset]
@@ -211,6 +217,14 @@ def make_vector(spec: EnvironmentSpec, num_envs: int, together: bool = True) -> 
 
     makers = [functools.partial(guarded, index) for index in range(num_envs)]
     return _checked(spec, lambda: SyncVectorEnv(makers, autoreset_mode=autoreset))
+
+
+def _check_own_vector(spec: EnvironmentSpec) -> None:
+    """Refuse what is done to single environments."""
+    for key in ("wrappers", "max_episode_steps", "vectorization", "autoreset"):
+        if getattr(spec, key) != EnvironmentSpec.model_fields[key].default:
+            raise UsageError(f"environment {spec.id} is a VectorEnv, on which task.environment.{key} has no effect; "
+                             "remove it and let the class do that, or derive the class from gymnasium.Env")  # fmt: skip
 
 
 def make_one(spec: EnvironmentSpec, **more: Any) -> gym.Env[Any, Any]:
@@ -231,15 +245,26 @@ def make_one(spec: EnvironmentSpec, **more: Any) -> gym.Env[Any, Any]:
     register(spec.id)
     env: gym.Env[Any, Any] = _checked(spec, make)
     for wrapper in spec.wrappers:
-        kind = getattr(gym.wrappers, wrapper.name, None)
-        if not (isinstance(kind, type) and issubclass(kind, gym.Wrapper)):
-            raise UsageError(f"environment {spec.id}: gymnasium.wrappers has no wrapper {wrapper.name!r}")
-        env = _checked(spec, functools.partial(kind, env, **wrapper.args))
+        env = _checked(spec, functools.partial(wrapper_class(spec, wrapper), env, **wrapper.args))
     return env
+
+
+def wrapper_class(spec: EnvironmentSpec, wrapper: WrapperSpec) -> type[gym.Wrapper[Any, Any, Any, Any]]:
+    """A wrapper of `gymnasium.wrappers`.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    kind = getattr(gym.wrappers, wrapper.name, None)
+    if not (isinstance(kind, type) and issubclass(kind, gym.Wrapper)):
+        raise UsageError(f"environment {spec.id}: gymnasium.wrappers has no wrapper {wrapper.name!r}")
+    return kind
 
 
 def uses_own_vector_form(spec: EnvironmentSpec, together: bool) -> bool:
     """Whether the environment's own vector entry point is taken: what it cannot do is done by single ones."""
+    if own_class(spec) is not None:
+        return False
     register(spec.id)
     try:
         entry = gym.spec(spec.id)
@@ -339,6 +364,19 @@ def spaces_of(spec: EnvironmentSpec) -> tuple[gym.Space[Any], gym.Space[Any]]:
         return vector.single_observation_space, vector.single_action_space
     finally:
         vector.close()
+
+
+def check_recurrent(spec: EnvironmentSpec) -> None:
+    """Refuse what rollouts of a recurrent policy cannot be made of.
+
+    Raises:
+        UsageError: environments begin anew in the same step.
+    """
+    vector = make_vector(spec, 1)
+    vector.close()
+    if vector.metadata.get("autoreset_mode") == AutoresetMode.SAME_STEP:
+        raise UsageError(f"environment {spec.id} begins anew in the same step, and a policy with a memory cannot judge "
+                         "an episode's last observation then; let it begin anew in the next step")  # fmt: skip
 
 
 def check_finite(name: str, observations: Array, rewards: Array, seeds: Sequence[int], steps: int) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from distml.errors import UsageError
 from distml.rl.environments import EnvironmentFailed, episode_limit
 from distml.rl.policies import Policy
+from distml.rl.restarts import Restarts
 from distml.rl.rollout import Buffers, Collector, Rollout
 from distml.spec.rl import OnPolicyBlock
 from distml.tasks.base import Part
@@ -29,22 +30,23 @@ class EpisodeCollector(Collector):
     Args:
         spec: the task's block.
         part: this worker's.
-        max_failures: how often environments that fail are begun anew.
+        restarts: counts environments that fail.
 
     Raises:
         UsageError: the environment's episodes may never end.
     """
 
-    def __init__(self, spec: OnPolicyBlock, part: Part, max_failures: int = 0) -> None:
+    def __init__(self, spec: OnPolicyBlock, part: Part, restarts: Restarts) -> None:
         limit = episode_limit(spec.environment)
         if limit is None:
             raise UsageError(f"environment {spec.environment.id} has no limit of its own, and whole episodes must end; "
                              "set task.environment.max_episode_steps")  # fmt: skip
         self.limit = limit
-        super().__init__(spec, part, max_failures)
+        super().__init__(spec, part, restarts)
 
-    def _begin(self) -> None:
-        super()._begin()
+    def begin(self) -> None:
+        """As new, the first episodes' seeds included."""
+        super().begin()
         self.is_fresh = True
 
     def episodes_of(self, policy: Policy, version: int) -> Rollout:
@@ -65,12 +67,13 @@ class EpisodeCollector(Collector):
                 raise EnvironmentFailed(f"{self.spec.environment.id} played on after its limit of {num_steps} steps")
             if step == len(buffers.rewards):
                 buffers.resize(min(2 * step, num_steps))
+            buffers.observe(step, self.observations, self.resets)
             parameters, actions, after = self._step(policy.distribution)
             after = replace(
                 after, rewards=np.where(plays, after.rewards, np.float32(0.0)), valid=plays.copy(),
                 terminated=after.terminated & plays, truncated=after.truncated & plays, final=None,
             )  # fmt: skip
-            buffers.put(step, self.observations, self.resets, parameters, actions, after)
+            buffers.put(step, parameters, actions, after)
             self.episodes.add(after)
             self.observations, self.resets = after.observations, np.zeros(num_envs, dtype=bool)
             plays &= ~(after.terminated | after.truncated)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from torch import nn
 
 from distml.rl.acting import build_actor
 from distml.rl.atari import human_normalised
-from distml.rl.environments import Environments, check_finite, evaluation_seeds
+from distml.rl.environments import Environments, check_finite, evaluation_seeds, uses_own_vector_form, wrapper_class
 from distml.rl.policies import Policy
 from distml.spec.rl import EnvironmentSpec, EvaluationSpec
 from distml.tasks.base import Mean, Part
@@ -62,7 +63,7 @@ def play(
     """Returns and lengths [E] of the episodes with these numbers, played by a policy."""
     generator = None if greedy else np.random.default_rng(mix(part.seed, part.index))
     act = acting(policy, len(episodes), part.device, generator)
-    return play_by(act, unclipped(environment), evaluation.max_frames, part.split, episodes)
+    return play_by(act, environment, evaluation.max_frames, part.split, episodes)
 
 
 def acting(policy: Policy, num_envs: int, device: torch.device, generator: np.random.Generator | None = None) -> Act:
@@ -87,7 +88,7 @@ def play_by(
 
     Args:
         act: see `Act`.
-        environment: what is played.
+        environment: what is played, see `unclipped`.
         max_frames: of an episode.
         split: whose seeds.
         episodes: numbers of episodes, of which seeds follow.
@@ -97,7 +98,7 @@ def play_by(
     """
     if not len(episodes):
         return np.zeros(0), np.zeros(0)
-    environments = Environments(environment, evaluation_seeds(split, episodes), together=False)
+    environments = Environments(unclipped(environment), evaluation_seeds(split, episodes), together=False)
     num_envs = environments.num_envs
     returns, lengths = np.zeros(num_envs), np.zeros(num_envs)
     plays, resets = np.ones(num_envs, dtype=bool), np.ones(num_envs, dtype=bool)
@@ -117,8 +118,15 @@ def play_by(
 
 
 def unclipped(environment: EnvironmentSpec) -> EnvironmentSpec:
-    """The environment with the game's own score and whole games, whatever training simplifies."""
-    if not environment.id.startswith("ALE/"):
+    """The environment with the game's own score and whole games, whatever training simplifies.
+
+    Wrappers that change rewards (of `gymnasium.RewardWrapper`: ClipReward) are left out, the others stay.
+    """
+    kept = [one for one in environment.wrappers
+            if not issubclass(wrapper_class(environment, one), gymnasium.RewardWrapper)]  # fmt: skip
+    if len(kept) < len(environment.wrappers):  # a vector form's observations may be others than those of single ones
+        return environment.model_copy(update={"wrappers": kept, "vectorization": "sync"})
+    if not uses_own_vector_form(environment, together=False):  # games of Atari have one that seeds each
         return environment
     own = {"reward_clipping": False, "episodic_life": False}
     return environment.model_copy(update={"args": {**environment.args, **own}})

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distml.rl.advantages import generalised_advantages, next_values
-from distml.rl.environments import spaces_of
+from distml.rl.environments import check_recurrent, spaces_of
 from distml.rl.evaluation import Act, acting, evaluate_policy
 from distml.rl.policies import Policy, build_policy
+from distml.rl.restarts import Restarts
 from distml.rl.rollout import Collector, Rollout
-from distml.spec.rl import OnPolicyBlock
+from distml.spec.rl import OnPolicyBlock, RolloutBlock
 from distml.tasks.base import Mean, Part, Progress, Stream, Task
 
 Array = NDArray[Any]
@@ -33,13 +34,16 @@ class OnPolicyTask(Task, Generic[Spec]):
     needs: ClassVar[frozenset[str]] = frozenset({"whole_weights"})
 
     def __init__(self, spec: Spec, max_failures: int = 0) -> None:
-        self.spec, self.max_failures = spec, max_failures
+        self.spec, self.restarts = spec, Restarts(max_failures)
 
     def build_model(self) -> nn.Module:
-        return build_policy(self.spec.policy, *spaces_of(self.spec.environment), self.spec.normalise)
+        policy = build_policy(self.spec.policy, *spaces_of(self.spec.environment), self.spec.normalise)
+        if policy.is_recurrent and isinstance(self.spec, RolloutBlock):
+            check_recurrent(self.spec.environment)
+        return policy
 
     def stream(self, part: Part) -> Stream:
-        return ActingStream(self, Collector(self.spec, part, self.max_failures))
+        return ActingStream(self, Collector(self.spec, part, self.restarts))
 
     @abstractmethod
     def next_batch(self, collector: Collector, policy: Policy, progress: Progress) -> Any:
@@ -113,9 +117,7 @@ def final_values(policy: Policy, rollout: Rollout) -> Array | None:
     """V of the last observation of episodes that ended [T, E], where it is not the next observation; else None."""
     if rollout.final is None:
         return None
-    if policy.is_recurrent:
-        raise ValueError("a recurrent policy needs environments that begin anew in the next step; "
-                         "set task.environment.autoreset: next_step")  # fmt: skip
+    assert not policy.is_recurrent, "see check_recurrent"
     ended = rollout.ended
     _, values, _ = policy(rollout.final[ended].unsqueeze(0), (), ended.new_ones(1, int(ended.sum())))
     found = np.zeros(ended.shape, np.float32)

@@ -109,7 +109,7 @@ class Reinforce(OnPolicyTask[ReinforceSpec]):
 
     def stream(self, part: Part) -> Stream:
         self.rollout = None
-        return ActingStream(self, EpisodeCollector(self.spec, part, self.max_failures))
+        return ActingStream(self, EpisodeCollector(self.spec, part, self.restarts))
 
     def next_batch(self, collector: Collector, policy: Policy, progress: Progress) -> EpisodeBatch:
         """The episodes in hand once more, or new ones."""

@@ -11,7 +11,6 @@ Shapes: T steps, E environments, O one observation, A one action, P distribution
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -23,9 +22,10 @@ from torch import Tensor
 
 from distml.rl.acting import Actor, build_actor
 from distml.rl.distributions import Distribution
-from distml.rl.environments import EnvironmentFailed, Environments, Transition, check_finite, training_seeds
+from distml.rl.environments import Environments, Transition, check_finite, training_seeds
 from distml.rl.normalise import RewardScaler
 from distml.rl.policies import Policy
+from distml.rl.restarts import Restarting, Restarts
 from distml.spec.rl import OnPolicyBlock
 from distml.tasks.base import Mean, Part
 from distml.tasks.data import mix
@@ -134,21 +134,21 @@ class Episodes:
         }
 
 
-class Collector:
+class Collector(Restarting):
     """One worker's environments, and how it acts in them.
 
     Args:
         spec: the task's block.
         part: this worker's; its seed is that of everything drawn here.
-        max_failures: how often environments that fail are begun anew.
+        restarts: counts environments that fail.
     """
 
-    def __init__(self, spec: OnPolicyBlock, part: Part, max_failures: int = 0) -> None:
-        self.spec, self.part, self.max_failures = spec, part, max_failures
-        self.failures = 0
-        self._begin()
+    def __init__(self, spec: OnPolicyBlock, part: Part, restarts: Restarts) -> None:
+        self.spec = spec
+        super().__init__(part, restarts)
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Environments, episodes and recurrent states as new."""
         seed = mix(self.part.seed, self.failures)
         self.environments = Environments(self.spec.environment, training_seeds(seed, self.spec.envs_per_worker))
         self.generator = np.random.default_rng(mix(seed, 1))
@@ -165,24 +165,15 @@ class Collector:
         Raises:
             EnvironmentFailed: an environment raised or gave what is not a number, once more than it may.
         """
-        while True:
-            try:
-                return self._collect(policy, num_steps, version)
-            except EnvironmentFailed as error:
-                self.failures += 1
-                if self.failures > self.max_failures:
-                    raise EnvironmentFailed(f"worker {self.part.index}: {error}; not begun anew again "
-                                            f"(limits.max_restarts: {self.max_failures})") from error  # fmt: skip
-                warnings.warn(f"worker {self.part.index}: {error}; its environments begin anew "
-                              f"({self.failures} of {self.max_failures})", stacklevel=2)  # fmt: skip
-                self._begin()
+        return self.attempt(lambda: self._collect(policy, num_steps, version))
 
     def _collect(self, policy: Policy, num_steps: int, version: int) -> Rollout:
         first_state, first_step = self._ready(policy), self.environments.steps
         buffers = Buffers(num_steps, self.spec.envs_per_worker, self.observations, policy.distribution)
         for step in range(num_steps):
+            buffers.observe(step, self.observations, self.resets)
             parameters, actions, transition = self._step(policy.distribution)
-            buffers.put(step, self.observations, self.resets, parameters, actions, transition)
+            buffers.put(step, parameters, actions, transition)
             self.episodes.add(transition)
             self.observations = transition.observations
             self.resets = self._resets_after(transition)
@@ -213,7 +204,7 @@ class Collector:
         return ~transition.valid
 
     def _rollout(self, policy: Policy, buffers: Buffers, state: State, version: int, first_step: int) -> Rollout:
-        buffers.observations[-1], buffers.resets[-1] = self.observations, self.resets
+        buffers.observe(-1, self.observations, self.resets)
         check_finite(self.spec.environment.id, buffers.observations, buffers.rewards, self.environments.seeds,
                      first_step)  # fmt: skip
         rewards = buffers.rewards
@@ -252,17 +243,18 @@ class Buffers:
         self.resets = np.empty((num_steps + 1, num_envs), bool)
         self.final: Array | None = None
 
-    def put(
-        self, step: int, observations: Array, resets: Array, parameters: Array, actions: Array, after: Transition
-    ) -> None:
-        """Write one step."""
+    def observe(self, step: int, observations: Array, resets: Array) -> None:
+        """Write what a step begins with, before it is made: environments may overwrite their last observations."""
         self.observations[step], self.resets[step] = observations, resets
+
+    def put(self, step: int, parameters: Array, actions: Array, after: Transition) -> None:
+        """Write one step, and what came of it."""
         self.parameters[step], self.actions[step] = parameters, actions
         self.rewards[step], self.valid[step] = after.rewards, after.valid
         self.terminated[step], self.truncated[step] = after.terminated, after.truncated
         if after.final is not None:
             if self.final is None:
-                self.final = np.zeros((len(self.rewards), *observations.shape), self.observations.dtype)
+                self.final = np.zeros((len(self.rewards), *self.observations.shape[1:]), self.observations.dtype)
             self.final[step] = after.final
 
     def resize(self, num_steps: int) -> None:

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distml.errors import UsageError
-from distml.rl.environments import Environments, spaces_of, training_seeds
+from distml.rl.environments import Environments, check_finite, spaces_of, training_seeds
 from distml.rl.evaluation import Act, play_by
+from distml.rl.restarts import Restarting, Restarts
 from distml.spec.tabular import EpsilonSpec, TabularBlock
 from distml.tasks.base import Loss, Mean, Part, Progress, Task
 from distml.tasks.data import mix
@@ -75,13 +76,18 @@ class Table(nn.Module):
 
 
 class TabularTask(Task):
-    """What both share; a subclass says what the next state is worth."""
+    """What both share; a subclass says what the next state is worth.
+
+    Args:
+        spec: the task's block.
+        max_failures: how often environments that fail are begun anew.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset({"whole_weights"})
     chooses_next: ClassVar[bool]  # whether the next action is drawn together with the transition, and then taken
 
-    def __init__(self, spec: TabularBlock) -> None:
-        self.spec = spec
+    def __init__(self, spec: TabularBlock, max_failures: int = 0) -> None:
+        self.spec, self.restarts = spec, Restarts(max_failures)
 
     def build_model(self) -> Table:
         observations, actions = spaces_of(self.spec.environment)
@@ -94,7 +100,7 @@ class TabularTask(Task):
         )
 
     def stream(self, part: Part) -> TabularStream:
-        return TabularStream(self.spec, part, self.chooses_next)
+        return TabularStream(self.spec, part, self.chooses_next, self.restarts)
 
     @abstractmethod
     def next_values(self, model: Table, batch: Transitions) -> Tensor:
@@ -164,23 +170,36 @@ class Sarsa(TabularTask):
         return model.values[batch.next_states, batch.next_actions]
 
 
-class TabularStream:
+class TabularStream(Restarting):
     """One worker's environments; they cannot be saved, so it begins anew at checkpoints."""
 
-    def __init__(self, spec: TabularBlock, part: Part, chooses_next: bool) -> None:
+    def __init__(self, spec: TabularBlock, part: Part, chooses_next: bool, restarts: Restarts) -> None:
         self.spec, self.chooses_next = spec, chooses_next
         assert spec.n_steps is not None
         self.num_steps: int = spec.n_steps
-        self.environments = Environments(spec.environment, training_seeds(part.seed, spec.envs_per_worker))
-        self.generator = np.random.default_rng(mix(part.seed, 1))
+        super().__init__(part, restarts)
+
+    def begin(self) -> None:
+        """Environments and episodes as new."""
+        num_envs, seed = self.spec.envs_per_worker, self.part.seed
+        if self.failures:
+            seed = mix(seed, self.failures)
+        self.environments = Environments(self.spec.environment, training_seeds(seed, num_envs))
+        self.generator = np.random.default_rng(mix(seed, 1))
         self.observations = self.environments.reset()
         self.actions: Array | None = None  # chosen beforehand
-        self.returns, self.lengths = np.zeros(spec.envs_per_worker), np.zeros(spec.envs_per_worker)
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs)
 
     def next(self, model: nn.Module, progress: Progress) -> Transitions:
-        """`n_steps` of all environments, and more while all that happened is that episodes began anew."""
+        """`n_steps` of all environments, and more while all that happened is that episodes began anew.
+
+        Raises:
+            EnvironmentFailed: an environment raised or gave what is not a number, once more than it may.
+        """
         assert isinstance(model, Table)
-        epsilon = epsilon_at(self.spec.epsilon, progress)
+        return self.attempt(lambda: self._steps(model, epsilon_at(self.spec.epsilon, progress)))
+
+    def _steps(self, model: Table, epsilon: float) -> Transitions:
         rows = [self._step(model, epsilon) for _ in range(self.num_steps)]
         while not any(len(row[0]) for row in rows):
             rows.append(self._step(model, epsilon))
@@ -193,6 +212,8 @@ class TabularStream:
         if actions is None:
             actions = epsilon_greedy(table[states], epsilon, self.generator)
         after = self.environments.step(actions + model.first_action)
+        check_finite(self.spec.environment.id, after.observations[None], after.rewards[None], self.environments.seeds,
+                     self.environments.steps - 1)  # fmt: skip
         self.observations = after.observations
         ended = after.terminated | after.truncated
         begun = reached = after.observations - model.first_state

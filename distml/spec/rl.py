@@ -37,15 +37,21 @@ class WrapperSpec(Block):
 
 
 class EnvironmentSpec(Block):
-    """What is acted in."""
+    """What is acted in.
+
+    A user's own gymnasium.vector.VectorEnv is constructed with `num_envs` and `args`, and seeded once for all of its
+    environments, with the first one's seed; it wraps, limits and begins anew by itself.
+    """
 
     shorthand: ClassVar[str | None] = "id"
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z_][\w./:-]*$")] = Field(
-        description="an id of Gymnasium's registry, or 'module:Class', a user's own gymnasium.Env"
+        description="an id of Gymnasium's registry, or 'module:Class', a user's own gymnasium.Env or vector.VectorEnv"
     )
     args: dict[str, Any] = Field({}, description="keyword arguments of the environment")
-    wrappers: list[WrapperSpec] = Field([], description="in the order of application")
+    wrappers: list[WrapperSpec] = Field(
+        [], description="in the order of application; evaluations leave out those of rewards, as ClipReward"
+    )
     max_episode_steps: Count | None = Field(None, description="where an episode is truncated; null: its own limit")
     vectorization: Literal["auto", "sync"] = Field(
         "auto", description="auto: the environment's own vector entry point where it has one; sync: one after the other"

@@ -123,8 +123,11 @@ def check_acting(job: JobSpec, task: ActingBlock) -> Iterator[Problem]:
     if unknown is not None:
         yield Problem(unknown, (("task", "environment", "id"), ("task", "environment")), "value")
     yield from _checkpoints(job, task)
+    yield from _wrappers(task)
     if isinstance(task, OnPolicyBlock):
         yield from _policy(task)
+    if isinstance(task, RolloutBlock) and isinstance(task.policy, RecurrentPolicySpec):
+        yield from _same_step(task, task.policy)
     if isinstance(task, ActorCriticSpec):
         yield from _actor_critic(job, task)
     if isinstance(task, PPOSpec):
@@ -145,6 +148,31 @@ def _checkpoints(job: JobSpec, task: ActingBlock) -> Iterator[Problem]:
             f"checkpoint.every {every} is not a multiple of {what}, so that each checkpoint would drop the rest of a "
             f"rollout; set it to {every + -every % updates}",
             (("checkpoint", "every"), ("checkpoint",)),
+        )
+
+
+NORMALISING = {"NormalizeObservation": "observations", "NormalizeReward": "rewards"}
+
+
+def _wrappers(task: ActingBlock) -> Iterator[Problem]:
+    """Wrappers act in evaluations too, and their statistics are in no checkpoint and no other worker."""
+    for index, wrapper in enumerate(task.environment.wrappers):
+        if wrapper.name in NORMALISING:
+            instead = f"; set task.normalise: {{{NORMALISING[wrapper.name]}: true}}"
+            yield Problem(
+                f"wrapper {wrapper.name} keeps statistics that no checkpoint has, and scores would not be the "
+                f"environment's; remove it{instead if isinstance(task, OnPolicyBlock) else ''}",
+                (("task", "environment", "wrappers", index), ("task", "environment", "wrappers")),
+                "value",
+            )
+
+
+def _same_step(task: RolloutBlock, policy: RecurrentPolicySpec) -> Iterator[Problem]:
+    if task.environment.autoreset == "same_step":
+        yield Problem(
+            f"policy {policy.name} has a memory, and with autoreset same_step it cannot judge an episode's last "
+            "observation; set task.environment.autoreset: next_step",
+            (("task", "environment", "autoreset"),),
         )
 
 

@@ -54,7 +54,8 @@ def build_task(job: JobSpec) -> Task:
     if isinstance(spec, TabularBlock):
         from distml.rl.tabular import QLearning, Sarsa
 
-        return QLearning(spec) if isinstance(spec, QLearningSpec) else Sarsa(spec)
+        tabular = QLearning if isinstance(spec, QLearningSpec) else Sarsa
+        return tabular(spec, job.limits.max_restarts)
     if isinstance(spec, BanditSpec):
         from distml.rl.bandit import Bandit
 

@@ -131,6 +131,31 @@ def test_what_is_not_a_number_is_named_with_its_seed_and_step():
         check_finite("Mine", observations, rewards, [7, 8], 10)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("wrappers", [{"name": "ClipReward"}]),
+        ("max_episode_steps", 4),
+        ("vectorization", "sync"),
+        ("autoreset", "same_step"),
+    ],
+)
+def test_what_has_no_effect_on_a_users_own_vector_environment_is_refused(key, value):
+    spec = EnvironmentSpec.model_validate({"id": "own.vectors:Alike", key: value})
+    with pytest.raises(UsageError, match=rf"own.vectors:Alike is a VectorEnv, on which task.environment.{key} has no"):
+        Environments(spec, [1, 2])
+
+
+def test_beginning_anew_in_the_same_step_needs_the_last_observations():
+    args = {"length": 2, "same_step": True}
+    _, rows = run(Environments(EnvironmentSpec(id="own.vectors:Alike", args=args), [1, 2]), 3)
+    assert rows[1].final.tolist() == [[2], [2]]
+    lacking = Environments(EnvironmentSpec(id="own.vectors:Alike", args={**args, "gives_final": False}), [1, 2])
+    run(lacking, 1)
+    with pytest.raises(UsageError, match=r"own.vectors:Alike .* in the same step without infos\['final_obs'\]"):
+        lacking.step(np.zeros(2, np.int64))
+
+
 class Vectors(gym.vector.VectorEnv):
     """A vector environment of a user's own."""
 

@@ -7,8 +7,13 @@ import pytest
 import torch
 from own.counting import LIFE
 
-from distml.rl.environments import EnvironmentFailed, spaces_of
+from distml.errors import UsageError
+from distml.rl.actor_critic import ActorCritic
+from distml.rl.environments import EnvironmentFailed, spaces_of, training_seeds
+from distml.rl.episodes import EpisodeCollector
 from distml.rl.policies import build_policy
+from distml.rl.reinforce import Reinforce
+from distml.rl.restarts import Restarts
 from distml.rl.rollout import Collector
 from distml.spec.rl import (
     ActorCriticSpec,
@@ -16,8 +21,10 @@ from distml.spec.rl import (
     MLPPolicySpec,
     NormaliseSpec,
     RecurrentPolicySpec,
+    ReinforceSpec,
 )
-from distml.tasks.base import Part
+from distml.tasks.base import Part, Progress
+from distml.tasks.data import mix
 
 
 def spec_of(environment="CartPole-v1", envs=4, policy=None, **changes):
@@ -34,7 +41,7 @@ def counting(autoreset=None, **args):
 def collector_of(spec, seed=1, failures=0):
     torch.manual_seed(0)
     policy = build_policy(spec.policy, *spaces_of(spec.environment), spec.normalise)
-    return Collector(spec, Part(0, 1, seed, "train"), failures), policy
+    return Collector(spec, Part(0, 1, seed, "train"), Restarts(failures)), policy
 
 
 def collect(spec, steps=8, times=1):
@@ -52,6 +59,26 @@ def test_rows_follow_each_other_also_over_rollouts():
     assert resets.tolist() == [True, False, False, False] * 2 + [True, False, False]
     assert (first.num_frames, second.num_frames, len(first)) == (8, 8, 10)
     assert (first.version, second.version) == (0, 1)
+
+
+@pytest.mark.parametrize("reuses", [False, True])
+def test_an_environment_may_overwrite_its_last_observations(reuses):
+    """It is recorded what was acted on, not what came of it."""
+    environment = EnvironmentSpec(id="own.vectors:Alike", args={"length": 3, "reuses": reuses})
+    first, second = collect(spec_of(environment, envs=2), steps=5, times=2)
+    times = torch.cat((first.observations[:-1], second.observations))[:, 0, 0]
+    assert times.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
+
+
+@pytest.mark.parametrize("reuses", [False, True])
+def test_whole_episodes_may_overwrite_their_last_observations(monkeypatch, reuses):
+    monkeypatch.setattr("distml.rl.episodes.episode_limit", lambda spec: 10)
+    environment = EnvironmentSpec(id="own.vectors:Alike", args={"length": 3, "reuses": reuses})
+    spec = ReinforceSpec(name="reinforce", environment=environment, envs_per_worker=2)
+    policy = build_policy(spec.policy, *spaces_of(environment), spec.normalise)
+    collector = EpisodeCollector(spec, Part(0, 1, 1, "train"), Restarts())
+    for version in range(2):
+        assert collector.episodes_of(policy, version).observations[:, 0, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_with_same_step_the_last_observation_is_kept_and_the_state_is_reset():
@@ -146,6 +173,50 @@ def test_an_environment_that_fails_is_begun_anew_within_the_limit():
         pytest.raises(EnvironmentFailed, match=r"worker 0: .*seed \d+.*max_restarts: 1"),
     ):
         collector.collect(policy, 8, 0)
+
+
+def test_one_that_fails_to_begin_is_begun_anew_within_the_same_limit():
+    LIFE["failures"] = 0
+    spec = spec_of(counting(length=50, fails_to_begin=True, failures=2), envs=2)
+    with pytest.warns(UserWarning, match=r"worker 0: .*in reset.*the motor is cold; .*begin anew \(2 of 2\)"):
+        collector, policy = collector_of(spec, failures=2)
+    assert collector.collect(policy, 8, 0).num_frames == 16
+    assert collector.environments.seeds == training_seeds(mix(1, 2), 2)  # others than those that failed
+    LIFE["failures"] = 0
+    with (
+        pytest.warns(UserWarning, match="anew"),
+        pytest.raises(EnvironmentFailed, match=r"worker 0: .*in reset.*seed \d+.*max_restarts: 1"),
+    ):
+        collector_of(spec, failures=1)
+
+
+def test_failures_are_counted_over_all_of_a_worker_s_streams():
+    """Streams begin anew at each checkpoint, and the limit is the whole run's."""
+    spec = spec_of(counting(length=50, raises_at=3), envs=2)
+    task = ActorCritic(spec, max_failures=2)
+    policy = task.build_model()
+    LIFE["failures"] = 10**9 - 1  # the next failure is the last
+    with pytest.warns(UserWarning, match=r"\(1 of 2\)"):
+        task.stream(Part(3, 4, 1, "train")).next(policy, Progress())
+    LIFE["failures"] = 0
+    with (
+        pytest.warns(UserWarning, match=r"\(2 of 2\)"),
+        pytest.raises(EnvironmentFailed, match=r"worker 3: .*max_restarts: 2"),
+    ):
+        task.stream(Part(3, 4, 2, "train")).next(policy, Progress())
+    assert LIFE["failures"] == 2  # control: a limit of each stream's own would have let a third one happen
+
+
+def test_a_memory_does_not_go_with_environments_that_begin_anew_in_the_same_step():
+    """Refused before the first step, also where only the class itself knows its mode."""
+    policy = RecurrentPolicySpec(name="lstm", hidden=[4], units=5)
+    for environment in (counting("same_step"), EnvironmentSpec(id="own.vectors:Alike", args={"same_step": True})):
+        with pytest.raises(UsageError, match=r"own.*begins anew in the same step.*a policy with a memory"):
+            ActorCritic(spec_of(environment, policy=policy)).build_model()
+        ActorCritic(spec_of(environment)).build_model()
+    ActorCritic(spec_of("Pendulum-v1", policy=policy)).build_model()
+    whole = ReinforceSpec(name="reinforce", environment=counting("same_step"), policy=policy)
+    Reinforce(whole).build_model()  # whole episodes end with their last observation
 
 
 def test_a_reward_that_is_not_a_number_does_not_reach_the_loss():

@@ -9,10 +9,12 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from own.counting import LIFE
 from own.oracle import Trained, job_of, saved, spec_of, train
 
 import distml
 from distml.errors import UsageError
+from distml.rl.environments import EnvironmentFailed
 from distml.rl.solvers import mdp_of, policy_values, value_iteration
 from distml.rl.tabular import QLearning, Sarsa, TabularStream, Transitions, epsilon_at, epsilon_greedy
 from distml.runs.display import SilentDisplay
@@ -189,6 +191,35 @@ def test_an_end_is_told_from_a_limit_and_nothing_else_is_counted(name, autoreset
     assert all(inner.P[s][a][0][1] == n for s, a, n in moved)  # what was really done, not a beginning anew
     dummies = 4 * 40 - num_rows
     assert dummies == 0 if autoreset == "same_step" else num_episodes - 4 <= dummies <= num_episodes
+
+
+def failing(name: str, restarts: int, **args: Any) -> tuple[TabularStream, Any]:
+    """On environments that count, in batches of 8 steps."""
+    environment = {"id": "own.counting:CountingStates", "args": {"length": 50, **args}}
+    spec = tabular_spec(name, environment, n_steps=8) | {"limits": {"max_restarts": restarts}}
+    task = build_task(job_of(spec))
+    return task.stream(Part(2, 3, 5, "train")), task.build_model()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_environment_that_fails_is_begun_anew_within_the_limit(name):
+    LIFE["failures"] = 0
+    stream, model = failing(name, 1, raises_at=3, failures=1)
+    with pytest.warns(UserWarning, match=r"worker 2: .*the motor is hot; its environments begin anew \(1 of 1\)"):
+        batch = stream.next(model, Progress())
+    assert batch.states.tolist() == list(range(8))  # nothing of the failed attempt is left
+    LIFE["failures"] = 0
+    stream, model = failing(name, 0, raises_at=3)
+    with pytest.raises(EnvironmentFailed, match=r"worker 2: .*seed \d+, after 3 steps.*max_restarts: 0"):
+        stream.next(model, Progress())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_reward_that_is_not_a_number_does_not_reach_the_table(name):
+    stream, model = failing(name, 0, nan_at=11)
+    stream.next(model, Progress())
+    with pytest.raises(EnvironmentFailed, match=r"worker 2: .*a reward that is not finite .*step 10\): nan"):
+        stream.next(model, Progress())
 
 
 def test_a_batch_is_never_empty():

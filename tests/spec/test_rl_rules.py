@@ -175,6 +175,22 @@ BAD = {
         "task: {name: reinforce, environment: CartPole-v1}\noptimizer: {name: adam, schedule: linear}", "5:25",
         "must know where it ends",
     ),
+    "statistics in a wrapper": (
+        "task: {name: ppo, environment: {id: CartPole-v1, wrappers: [FlattenObservation, NormalizeObservation]}}",
+        "4:81", "remove it; set task.normalise: {observations: true}",
+    ),
+    "statistics in a wrapper of rewards": (
+        "task: {name: ppo, environment: {id: CartPole-v1, wrappers: [{name: NormalizeReward}]}}",
+        "4:61", "remove it; set task.normalise: {rewards: true}",
+    ),
+    "statistics in a table's wrapper": (
+        "task: {name: sarsa, environment: {id: Taxi-v3, wrappers: [NormalizeReward]}}",
+        "4:59", "scores would not be the environment's; remove it",
+    ),
+    "a memory without last observations": (
+        "task: {name: ppo, policy: gru, environment: {id: CartPole-v1, autoreset: same_step}}",
+        "4:63", "policy gru has a memory, and with autoreset same_step",
+    ),
     "unknown wrapper key": (
         "task: {name: ppo, environment: {id: CartPole-v1, wrapers: []}}", "4:50", "did you mean 'wrappers'?",
     ),
