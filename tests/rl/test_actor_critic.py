@@ -222,6 +222,6 @@ def test_a_stream_begins_anew_with_the_versions_seed():
     snapshot = next(event for event in trained.snapshots if event.version == 5)
     assert snapshot.own["stream"] == "begins anew"
     seeds = trained.runtime.trainers[0].stream.collector.environments.seeds
-    last = mix(job_of(resumed).seed, 0, 10)  # the end is a checkpoint too
+    last = mix(job_of(resumed).seed, 0, 5)  # after the end nothing begins
     assert seeds == training_seeds(mix(last, 0), 4)
     assert Environments(job_of(resumed).task.environment, seeds).num_envs == 4
