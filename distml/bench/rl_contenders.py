@@ -99,11 +99,11 @@ GREEDY = "mean return of 20 greedy episodes"
 SUITES = {
     "cartpole": Suite("CartPole-v1", 475.0, GREEDY, 3, {
         "a3c": Contender("distml A3C", job="a3c-cartpole"),
-        "a3c_own": Contender("distml A3C, own nn.Module", job="a3c-cartpole", overrides=(OWN_POLICY, OWN_RATES)),
         "a2c": Contender("distml A2C", job="a2c-cartpole"),
         "ppo": Contender("distml PPO", job="ppo-cartpole"),
         "trpo": Contender("distml TRPO", job="trpo-cartpole"),
         "reinforce": Contender("distml REINFORCE", job="reinforce-cartpole"),
+        "a3c_own": Contender("distml A3C, own nn.Module", job="a3c-cartpole", overrides=(OWN_POLICY, OWN_RATES)),
         "sb3_a2c": sb3("a2c", 16, 400_000),
         "sb3_ppo": sb3("ppo", 8, 200_000),
         "rllib_impala": rllib("impala", 400_000),

@@ -30,7 +30,7 @@ def spec(cell: Cell) -> dict:
                     steps=STEPS, log={"every": 1, "to": []}, workers=1 if cell.strategy.label == "single" else 3,
                     optimizer={"name": "sgd", "lr": 1.0 if cell.task in ("trpo", "bandit") else 0.1})  # fmt: skip
     if cell.task in SETTINGS:
-        del found["batch_size"]
+        del found["batch_size"], found["checkpoint"]
     return found
 
 
