@@ -37,7 +37,7 @@ def job(directory, times: int, strategy="all_reduce", **limits):
     return directory / "job.yaml"
 
 
-@pytest.mark.parametrize("strategy", ["all_reduce", ASYNC], ids=["sync", "async"])
+@pytest.mark.parametrize("strategy", ["all_reduce", pytest.param(ASYNC, marks=pytest.mark.slow)], ids=["sync", "async"])
 def test_one_that_blocks_once_is_replaced_and_the_run_goes_on(strategy, tmp_path):
     notes = Notes()
     result = distml.run(job(tmp_path, 1, strategy), out=tmp_path / "run", runtime="ray", display=notes)
@@ -48,6 +48,7 @@ def test_one_that_blocks_once_is_replaced_and_the_run_goes_on(strategy, tmp_path
     assert (tmp_path / "blocked-0").exists()
 
 
+@pytest.mark.slow
 def test_one_that_blocks_again_and_again_ends_the_run(tmp_path):
     with pytest.raises(RunError, match=r"rank \d.* it has not moved in stream for \d+ s .*max_restarts: 1") as caught:
         distml.run(job(tmp_path, 99, max_restarts=1), out=tmp_path / "run", runtime="ray")

@@ -27,13 +27,15 @@ TRPO = {**BASE, "task": {**ACTS, "name": "trpo", "n_steps": 16}, "optimizer": {"
 REINFORCE = {**BASE, "task": {**ACTS, "name": "reinforce"}, "optimizer": {"name": "adam", "lr": 0.01}}
 
 
-@pytest.mark.parametrize("spec", [PPO, TRPO, REINFORCE], ids=["ppo", "trpo", "reinforce"])
+@pytest.mark.parametrize("spec", [PPO, TRPO, pytest.param(REINFORCE, marks=pytest.mark.slow)],
+                         ids=["ppo", "trpo", "reinforce"])  # fmt: skip
 def test_processes_do_what_threads_do_bitwise(spec, tmp_path):
     distml.run(spec, out=tmp_path / "ray", runtime="ray")
     distml.run(spec, out=tmp_path / "inline", runtime="inline")
     assert_same(weights(tmp_path / "ray", 24), weights(tmp_path / "inline", 24))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["process_group", "object_store"])
 def test_trpo_takes_its_steps_over_other_transports(transport, tmp_path):
     strategy = "all_reduce" if transport == "process_group" else {"name": "parameter_server", "servers": 2}
@@ -44,6 +46,7 @@ def test_trpo_takes_its_steps_over_other_transports(transport, tmp_path):
     assert max(abs(found[name] - expected[name]).max() for name in expected) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [PPO, TRPO], ids=["ppo", "trpo"])
 def test_a_death_does_not_leave_anyone_waiting(spec, tmp_path):
     notes = Notes()

@@ -52,7 +52,7 @@ def test_a2c_on_ray_is_a2c_in_one_process_bitwise(tmp_path):
     assert_same(weights(tmp_path / "ray", 40), weights(tmp_path / "inline", 40))
 
 
-@pytest.mark.parametrize("strategy", ["all_reduce", ASYNC], ids=["sync", "async"])
+@pytest.mark.parametrize("strategy", [pytest.param("all_reduce", marks=pytest.mark.slow), ASYNC], ids=["sync", "async"])
 def test_a_worker_that_dies_while_it_acts_is_replaced(strategy, tmp_path):
     notes = Notes()
     result = distml.run({**ACTING, "strategy": strategy}, out=tmp_path / "run", runtime="ray",
