@@ -11,15 +11,11 @@ for a checkpoint and the end, the second ends at once. Whatever the end is, it p
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import signal
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +30,12 @@ from distml.runs.directory import RunDirectory
 from distml.runs.display import Display
 from distml.runs.history import Goal
 from distml.runs.tensorboard import TensorBoardWriter
+from distml.runtime.endings import StopSignals, close_all
 from distml.spec.rllib import EVALUATED, OFFLINE, RLlibSpec
 from distml.tasks.sources import SourceTree
 
 RESULT_EVERY_S = 1.0
 BUDGETS = ("steps", "frames", "seconds")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RLlibRun:
@@ -69,7 +65,7 @@ class RLlibRun:
         self.scores: dict[str, Any] | None = None  # the evaluation of the step that the run goes on from
         self.saved: set[int] = set()
         self.reported, self.heard, self.result_written_at = (0, 0.0), 0.0, 0.0
-        self.has_started, self.is_training, self.asked_to_stop = False, False, False
+        self.has_started, self.signals = False, StopSignals()
 
     @property
     def algorithm(self) -> Algorithm:
@@ -88,7 +84,7 @@ class RLlibRun:
         if folder is None:
             make_key(self.directory.path)
         self.session.build(checkpoint.step if checkpoint is not None else 0)
-        self._take_signals()
+        self.signals.take()
         if checkpoint is not None and folder is not None:
             self.session.restore(folder, checkpoint.step)
             self.start_step = self.step = checkpoint.step
@@ -114,7 +110,7 @@ class RLlibRun:
         """Train to the end; the run's status."""
         if "tensorboard" in self.job.log.to:
             self.boards = TensorBoardWriter(self.directory.tensorboard, resumed_at=self.start_step or None)
-        self.is_training = True
+        self.signals.is_training = True
         scores = self.scores
         while (reason := self._over(scores)) is None or (reason in BUDGETS and scores is None):
             if reason is not None:  # there is always an evaluation at the end
@@ -127,7 +123,7 @@ class RLlibRun:
         if not self.frames and self.job.algorithm not in OFFLINE and reason != "requested":
             raise self._silent(f"not a single frame in {self.step} iterations")
         self._checkpoint()
-        self.is_training = False
+        self.signals.is_training = False
         return self._finish(reason)
 
     def _iterate(self) -> None:
@@ -201,7 +197,7 @@ class RLlibRun:
         if goal is not None and value is not None and Goal(goal.metric, goal.at_least, goal.at_most).is_met(value):
             return "goal"
         spent = (name for name, share in self._shares().items() if share >= 1.0)
-        return next(spent, "requested" if self.asked_to_stop else None)
+        return next(spent, "requested" if self.signals.asked else None)
 
     def _shares(self) -> dict[str, float]:
         """How much of each budget is spent."""
@@ -273,36 +269,9 @@ class RLlibRun:
 
     def close(self) -> None:
         """End the algorithm, a Ray of our own, and files, whatever happened."""
-        for close in (self.session.close, self.store.close, self.directory.metrics.close):
-            with contextlib.suppress(Exception):  # what matters was raised before; the others must still be closed
-                close()
+        close_all(self.session.close, self.store.close, self.directory.metrics.close)
         if self.boards is not None:
             self.boards.close()
-
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks for a checkpoint and the end; before training it raises at once."""
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        self._take_signals()
-        try:
-            yield
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    def _take_signals(self) -> None:
-        """Set our handlers; again after Ray has started, which sets its own."""
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.asked_to_stop:
-            os._exit(130)
-        self.asked_to_stop = True
-        if not self.is_training:
-            raise KeyboardInterrupt
 
 
 # ------------------------------------------------------------------------------------------------------------- evaluate

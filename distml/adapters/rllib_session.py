@@ -6,8 +6,6 @@ import contextlib
 import gc
 import importlib.util
 import logging
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from ray.rllib.algorithms.algorithm import Algorithm
 
 from distml.adapters.rllib_build import EVALUATION, asked_for, main_threads, make_config, make_environment
 from distml.errors import DistmlError, UsageError
-from distml.runtime.authentication import STUCK_THREAD
+from distml.runtime.endings import close_within
 from distml.runtime.ray import connect, diverted_output
 from distml.spec.rllib import RLlibSpec
 from distml.tasks.build import describe
@@ -104,11 +102,7 @@ class Session:
 
     def close(self) -> None:
         """End the algorithm and a Ray of our own; does not wait for a Ray that no longer answers."""
-        closing = threading.Thread(target=self._close, name=STUCK_THREAD, daemon=True)
-        closing.start()
-        closing.join(CLOSE_PATIENCE_S)
-        if closing.is_alive():
-            print(f"Ray did not end within {CLOSE_PATIENCE_S:g} s; leaving it behind", file=sys.stderr, flush=True)
+        close_within(self._close, CLOSE_PATIENCE_S)
         self.quiet.close()
 
     def _close(self) -> None:

@@ -167,7 +167,7 @@ def _to_the_end(driver: Driver | RLlibRun, train: Callable[[], None]) -> Result:
     """Run `train` under the driver's signals, and record how it ended."""
     directory, display = driver.directory, driver.display
     try:
-        with driver.signals():
+        with driver.signals.handled():
             train()
     except KeyboardInterrupt as error:
         driver.fail(error)

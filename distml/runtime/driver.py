@@ -12,11 +12,9 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +29,13 @@ from distml.runs.directory import RunDirectory
 from distml.runs.display import Display
 from distml.runs.tensorboard import TensorBoardWriter
 from distml.runtime.cut import Cut, from_checkpoint, reshard, to_checkpoint
+from distml.runtime.endings import StopSignals, close_all
 from distml.runtime.group import Lost, WorkerGroup
 from distml.runtime.merge import ReportMerger
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda
 
 RESULT_EVERY_S = 1.0
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_STATUS = {"goal": "goal_met", "requested": "interrupted"}
 
 
@@ -82,7 +80,8 @@ class Driver:
         self.own: dict[int, dict[int, dict[str, Any]]] = {}
         self.start_version, self.version, self.restarts = 0, 0, 0
         self.reason, self.end_version, self.judged = "requested", -1, False
-        self.start_written, self.is_training, self.asked_to_stop = False, False, False
+        self.start_written = False
+        self.signals = StopSignals(group.request_stop)
         self.result_written_at, self.has_started = 0.0, False
         self.best: dict[str, Any] | None = None
 
@@ -99,7 +98,7 @@ class Driver:
         else:  # what is frozen comes with it
             first = checkpoint.tensors["model"] if self.job.init is not None else None
         self.description = self.group.build(first)
-        self._take_signals()
+        self.signals.take()
         if checkpoint is not None:
             self.cut = self._cut_of(checkpoint)
             self.start_version = self.version = self.cut.version
@@ -125,10 +124,10 @@ class Driver:
             resumed_at = self.start_version or None
             self.boards = TensorBoardWriter(self.directory.tensorboard, resumed_at=resumed_at)
         self.group.begin(self.cut)
-        self.is_training = True
+        self.signals.is_training = True
         for event in self.group.events():
             self.handle(event)
-        self.is_training = False
+        self.signals.is_training = False
         for row in self.merger.flush():
             self._write(row)
         saved = self.cut.version if self.cut is not None else -1
@@ -384,40 +383,9 @@ class Driver:
 
     def close(self) -> None:
         """End processes, threads and files, whatever happened."""
-        for close in (self.group.close, self.store.close, self.directory.metrics.close):
-            with contextlib.suppress(Exception):  # what matters was raised before; the others must still be closed
-                close()
+        close_all(self.group.close, self.store.close, self.directory.metrics.close)
         if self.boards is not None:
             self.boards.close()
-
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks for a checkpoint and the end; the second ends at once.
-
-        Before training there is nothing to write: the first one raises KeyboardInterrupt.
-        """
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        self._take_signals()
-        try:
-            yield
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    def _take_signals(self) -> None:
-        """Set our handlers; again after Ray has started, which sets its own."""
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.asked_to_stop:
-            os._exit(130)
-        self.asked_to_stop = True
-        if not self.is_training:
-            raise KeyboardInterrupt
-        self.group.request_stop()
 
 
 def verify_frozen(checkpoint: Checkpoint, frozen: Mapping[str, Array]) -> None:

@@ -35,6 +35,7 @@ from distml.runtime.actors import ServerActor, Way, WorkerActor, end_process, pa
 from distml.runtime.authentication import STUCK_THREAD, cluster_address
 from distml.runtime.cut import Cut, join_captures
 from distml.runtime.deaths import cause_of_death, out_of_memory_kills
+from distml.runtime.endings import close_within
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
 from distml.runtime.transport import Transport, choose, fall_back
 from distml.spec.schema import JobSpec, ParameterServerSpec
@@ -637,11 +638,7 @@ class RayRuntime:
         if not ray.is_initialized():
             self.quiet.close()
             return
-        closing = threading.Thread(target=self._close, name=STUCK_THREAD, daemon=True)
-        closing.start()
-        closing.join(CLOSE_PATIENCE_S)
-        if closing.is_alive():
-            print(f"Ray did not end within {CLOSE_PATIENCE_S:g} s; leaving it behind", file=sys.stderr, flush=True)
+        close_within(self._close, CLOSE_PATIENCE_S)
         self.quiet.close()
 
     def _close(self) -> None:

@@ -14,15 +14,23 @@ TASKS = {
     "recurrent": {"name": "actor_critic", "n_steps": 5, "policy": {"name": "lstm", "hidden": [8], "units": 8}},
     "normalised": {"name": "actor_critic", "n_steps": 5, "normalise": {"observations": True, "rewards": True}},
     "ppo": {"name": "ppo", "n_steps": 16, "epochs": 5, "minibatches": 2},
+    "ppo that leaves rollouts": {"name": "ppo", "n_steps": 16, "minibatches": 2, "target_kl": 0.02,
+                                 "normalise": {"observations": True, "rewards": True}},
+    "trpo": {"name": "trpo", "n_steps": 8},
     "reinforce": {"name": "reinforce"},
-}
+    "reinforce off-policy": {"name": "reinforce", "baseline": "moving_average", "epochs": 5,
+                             "importance_weighting": True},
+}  # fmt: skip
 
 
 def spec(task, **changes):
+    """Two workers; evaluations between the checkpoints and at them."""
+    optimizer = {"name": "sgd", "lr": 1.0} if task["name"] == "trpo" else {"name": "adam", "lr": 0.01}
     return {
-        "distml": "v1", "name": "resumed", "strategy": "all_reduce", "optimizer": {"name": "adam", "lr": 0.01},
-        "task": {"environment": "CartPole-v1", "envs_per_worker": 4, "evaluation": {"episodes": 2}, **task},
-        "stop": {"steps": 20}, "evaluate": {"every": 10}, "checkpoint": {"every": 10}, "log": {"every": 5, "to": []},
+        "distml": "v1", "name": "resumed", "strategy": "all_reduce", "optimizer": optimizer,
+        "task": {"environment": "CartPole-v1", "envs_per_worker": 4,
+                 "evaluation": {"episodes": 2, "max_frames": 50}, **task},
+        "stop": {"steps": 20}, "evaluate": {"every": 4}, "checkpoint": {"every": 10}, "log": {"every": 5, "to": []},
         "resources": {"workers": 2}, **changes,
     }  # fmt: skip
 

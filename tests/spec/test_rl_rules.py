@@ -210,10 +210,12 @@ def test_settings_that_are_read_may_be_anything():
     pairs = [{"decay": 0.5, "baseline": "moving_average"}, {"value_coefficient": 0.1},
              {"max_weight": 2.0, "importance_weighting": True}, {"decay": 0.9, "max_weight": 10.0}]  # fmt: skip
     for keys in pairs:
-        load({"name": "reinforce", "environment": "CartPole-v1", **keys})
-    load({"name": "actor_critic", "environment": "CartPole-v1"}, micro_batch_size=64)
+        task = load({"name": "reinforce", "environment": "CartPole-v1", **keys}).task
+        assert {key: getattr(task, key) for key in keys} == keys
+    assert load({"name": "actor_critic", "environment": "CartPole-v1"}, micro_batch_size=64).micro_batch_size == 64
     environment = {"id": "CartPole-v1", "autoreset": "same_step"}  # without dummies
-    load({"name": "ppo", "environment": environment, "envs_per_worker": 1, "n_steps": 8, "minibatches": 8})
+    small = load({"name": "ppo", "environment": environment, "envs_per_worker": 1, "n_steps": 8, "minibatches": 8})
+    assert small.batch_size == 1
 
 
 def test_frames_end_a_schedule_where_each_becomes_so_many_examples():
