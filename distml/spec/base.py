@@ -51,6 +51,11 @@ class TaskBlock(Block):
     counts_frames: ClassVar[bool] = False
 
     @property
+    def tokens_per_example(self) -> int | None:
+        """Tokens of each example; None: it has none."""
+        return None
+
+    @property
     def uses_per_frame(self) -> float | None:
         """How many examples of `batch_size` each environment step becomes; None: not known beforehand."""
         return 1.0
@@ -59,6 +64,25 @@ class TaskBlock(Block):
     def all_needs(self) -> Offers:
         """`needs`, with those that its settings add."""
         return self.needs
+
+
+class StrategyBlock(Block):
+    """How gradients travel."""
+
+    @property
+    def offers(self) -> Offers:
+        """What tasks may rely on under this strategy."""
+        return ALL_OFFERS
+
+    @property
+    def is_synchronous(self) -> bool:
+        """Whether one step is one averaged update of `batch_size` examples over all workers."""
+        return True
+
+    @property
+    def label(self) -> str:
+        """The name by which matrices and messages call it."""
+        return str(getattr(self, "name"))  # noqa: B009 (each strategy declares its own literal)
 
 
 def own_or_name(value: Any) -> Any:

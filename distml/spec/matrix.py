@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from distml.spec.base import TaskBlock
+from distml.spec.base import StrategyBlock, TaskBlock
 from distml.spec.blocks import blocks_under, names_of
-from distml.spec.schema import JobSpec, OwnTaskSpec, ParameterServerSpec, StrategyBlock
+from distml.spec.schema import JobSpec, OwnTaskSpec, ParameterServerSpec
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,15 @@ def built_in_tasks() -> dict[str, type[TaskBlock]]:
 
 
 def strategy_variants() -> list[StrategyBlock]:
-    """Every strategy, those with a `mode` once per mode."""
+    """Every strategy, those with a `mode` or a `stage` once for each."""
     variants: list[StrategyBlock] = []
     for block in blocks_under(JobSpec, "strategy"):
         for name in names_of(block):
-            modes = get_args(block.model_fields["mode"].annotation) if "mode" in block.model_fields else ()
-            values: list[dict[str, Any]] = [{"name": name, "mode": mode} for mode in modes] or [{"name": name}]
+            key = next((key for key in ("mode", "stage") if key in block.model_fields), None)
+            forms = get_args(block.model_fields[key].annotation) if key is not None else ()
+            values: list[dict[str, Any]] = [{"name": name, str(key): form} for form in forms] or [{"name": name}]
             for value in values:
-                if block is ParameterServerSpec and value["mode"] == "ssp":
+                if block is ParameterServerSpec and value.get("mode") == "ssp":
                     value["max_staleness"] = 4
                 strategy = block.model_validate(value)
                 assert isinstance(strategy, StrategyBlock)

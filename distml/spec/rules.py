@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from distml.spec.base import StrategyBlock
 from distml.spec.matrix import refusal
 from distml.spec.messages import Problem
 from distml.spec.rl import ActingBlock
@@ -16,7 +17,6 @@ from distml.spec.schema import (
     ScheduleSpec,
     SGDSpec,
     SingleSpec,
-    StrategyBlock,
 )
 from distml.spec.tabular import BanditSpec
 
@@ -27,6 +27,7 @@ TRANSPORTS: dict[str, tuple[str, ...]] = {
     "all_reduce": ("auto", "shared_memory", "process_group"),
     "parameter_server": ("auto", "shared_memory", "object_store"),
     "local_sgd": ("auto", "shared_memory", "process_group"),
+    "zero": ("auto", "process_group"),
 }
 
 

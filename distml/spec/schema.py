@@ -20,11 +20,14 @@ from distml.spec.base import (
     Offers,
     OwnBlock,
     Positive,
+    StrategyBlock,
     TaskBlock,
     own_or_name,
 )
+from distml.spec.language import LanguageModelSpec, MaskedLanguageModelSpec
 from distml.spec.rl import ActorCriticSpec, PPOSpec, ReinforceSpec, TRPOSpec
 from distml.spec.tabular import BanditSpec, QLearningSpec, SarsaSpec
+from distml.spec.zero import ZeroSpec
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -75,6 +78,8 @@ class OwnTaskSpec(OwnBlock):
 TaskSpec = Annotated[
     Annotated[ClassificationSpec, Tag("classification")]
     | Annotated[RegressionSpec, Tag("regression")]
+    | Annotated[LanguageModelSpec, Tag("language_model")]
+    | Annotated[MaskedLanguageModelSpec, Tag("masked_language_model")]
     | Annotated[ActorCriticSpec, Tag("actor_critic")]
     | Annotated[ReinforceSpec, Tag("reinforce")]
     | Annotated[PPOSpec, Tag("ppo")]
@@ -88,25 +93,6 @@ TaskSpec = Annotated[
 
 
 # ----------------------------------------------------------------------------------------------------------- strategies
-class StrategyBlock(Block):
-    """How gradients travel."""
-
-    @property
-    def offers(self) -> Offers:
-        """What tasks may rely on under this strategy."""
-        return ALL_OFFERS
-
-    @property
-    def is_synchronous(self) -> bool:
-        """Whether one step is one averaged update of `batch_size` examples over all workers."""
-        return True
-
-    @property
-    def label(self) -> str:
-        """The name by which matrices and messages call it."""
-        return str(getattr(self, "name"))  # noqa: B009 (each strategy declares its own literal)
-
-
 class SingleSpec(StrategyBlock):
     """One worker, no exchange."""
 
@@ -210,7 +196,9 @@ class LocalSGDSpec(StrategyBlock):
         return frozenset({"whole_weights"})
 
 
-StrategySpec = Annotated[SingleSpec | AllReduceSpec | ParameterServerSpec | LocalSGDSpec, Field(discriminator="name")]
+StrategySpec = Annotated[
+    SingleSpec | AllReduceSpec | ParameterServerSpec | LocalSGDSpec | ZeroSpec, Field(discriminator="name")
+]
 
 
 # ----------------------------------------------------------------------------------------------------------- optimisers
@@ -303,6 +291,7 @@ class StopSpec(Block):
     examples: Count | None = None
     epochs: Positive | None = None
     frames: Count | None = Field(None, description="environment steps of tasks that act, over all workers")
+    tokens: Count | None = Field(None, description="of language models, over all workers")
     seconds: Positive | None = Field(None, description="of training, counted over resumes")
     goal: GoalSpec | None = None
     patience: Count | None = Field(
@@ -367,7 +356,10 @@ class JobSpec(Block):
         64, description="examples per round over all workers; of tasks that act: frames, see n_steps"
     )
     micro_batch_size: Count | None = Field(None, description="examples per worker and backward; null: all at once")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; the weights stay float32")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="bf16: autocast, the weights stay float32; under zero they are bf16 with a float32 copy; "
+        "fp16: zero on GPUs only, with loss scaling",
+    )  # fmt: skip
     init: InitSpec | None = None
     stop: StopSpec
     evaluate: EvaluateSpec = EvaluateSpec()

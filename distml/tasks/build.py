@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distml.errors import UsageError
-from distml.spec.base import ALL_OFFERS
+from distml.spec.base import ALL_OFFERS, StrategyBlock
 from distml.spec.matrix import refusal
 from distml.spec.rl import ActingTaskSpecs, ActorCriticSpec, OnPolicyBlock, PPOSpec, ReinforceSpec, TRPOSpec
-from distml.spec.schema import ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec, StrategyBlock
+from distml.spec.schema import ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec
 from distml.spec.tabular import BanditSpec, QLearningSpec, TabularBlock
 from distml.tasks.base import Task
 
