@@ -24,7 +24,6 @@ from distml.events import Evaluated, Event, Failed, Finished, FirstUpdate, Repor
 from distml.exchange.channel import Channel, Group
 from distml.exchange.flat import from_numpy, to_numpy
 from distml.exchange.layout import Array
-from distml.exchange.shared_memory import is_finite
 from distml.inject import Injector
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import crossed
@@ -129,6 +128,7 @@ class Trainer:
     def connect(self, group: Group | None, channel: Channel | None) -> None:
         """Take the way to the other processes."""
         self.strategy.connect(group, channel)
+        self.model = self.strategy.model
 
     # ------------------------------------------------------------------------------------------------------- the loop
     def advance(self, until: int | None = None) -> Iterator[Event]:
@@ -246,7 +246,7 @@ class Trainer:
     def _snapshot(self, checkpoint: bool, evaluated: bool) -> Snapshot:
         strategy = self.strategy
         shared = None if checkpoint or evaluated else strategy.kept_state()
-        if shared is None and not is_finite(strategy.flat.weights):
+        if shared is None and not strategy.is_finite():
             raise FloatingPointError(f"the weights are not finite at step {strategy.progress.version}")
         if self.speaks and shared is None:
             shared = strategy.shared_state()

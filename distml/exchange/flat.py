@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,32 +39,11 @@ class FlatModel:
 
     def __init__(self, model: nn.Module, phase_patterns: Sequence[str], group_patterns: Sequence[str] = ()) -> None:
         self.model = model
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
-        types = {parameter.dtype for parameter in trained.values()}
-        if len(types) != 1:
-            raise ValueError(
-                f"trained parameters must have one type, not {sorted(map(str, types))}"
-                if types
-                else "the model has no parameter to train (requires_grad)"
-            )
-        if not types <= {torch.float32, torch.float64}:
-            name, wrong = next((name, p.dtype) for name, p in trained.items())
-            raise ValueError(f"trained parameters must be float32 or float64, {name} is {wrong}; use model.float()")
-        rows = []
-        for name, parameter in trained.items():
-            phase = _first_match(name, phase_patterns)
-            if phase is None:
-                raise ValueError(
-                    f"parameter {name!r} matches no phase's pattern {list(phase_patterns)}; freeze it or add it"
-                )
-            group = _first_match(name, group_patterns)
-            rows.append((name, tuple(parameter.shape), phase, 0 if group is None else group + 1))
-        self.layout = Layout.build(rows)
+        self.layout, self.parameters = index_of(model, phase_patterns, group_patterns)
         self.num_phases = len(phase_patterns)
-        some = next(iter(trained.values()))
+        some = self.parameters[0]
         self.weights = torch.empty(self.layout.numel, dtype=some.dtype, device=some.device)
         self.gradients = torch.zeros(self.layout.numel + TAIL * self.num_phases, dtype=some.dtype, device=some.device)
-        self.parameters = [trained[entry.name] for entry in self.layout.entries]
         self._bind()
 
     def _bind(self) -> None:
@@ -111,16 +90,63 @@ class FlatModel:
 
     def frozen(self) -> dict[str, Tensor]:
         """Parameters that are not trained."""
-        trained = {entry.name for entry in self.layout.entries}
-        return {name: p.data for name, p in self.model.named_parameters() if name not in trained}
+        return frozen_of(self.model, self.layout)
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and values of all that must be equal on every rank at the start."""
-        digest = hashlib.sha256(repr([(e.name, e.shape, e.phase, e.group) for e in self.layout.entries]).encode())
-        digest.update(to_numpy(self.weights).tobytes())
-        for name, tensor in sorted(self.frozen().items()):
-            digest.update(name.encode() + to_numpy(tensor).tobytes())
-        return digest.hexdigest()
+        """SHA-256 over all that must be equal on every rank at the start."""
+        return fingerprint_of(self.layout, [self.weights], self.frozen())
+
+
+def index_of(
+    model: nn.Module, phase_patterns: Sequence[str], group_patterns: Sequence[str]
+) -> tuple[Layout, list[nn.Parameter]]:
+    """The logical index of a model's trained parameters, and they themselves in its order (see `FlatModel`).
+
+    Raises:
+        ValueError: nothing to train, or parameters of several types or of one that is not trained in.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+    types = {parameter.dtype for parameter in trained.values()}
+    if len(types) != 1:
+        raise ValueError(
+            f"trained parameters must have one type, not {sorted(map(str, types))}"
+            if types
+            else "the model has no parameter to train (requires_grad)"
+        )
+    if not types <= {torch.float32, torch.float64}:
+        name, wrong = next((name, p.dtype) for name, p in trained.items())
+        raise ValueError(f"trained parameters must be float32 or float64, {name} is {wrong}; use model.float()")
+    rows = []
+    for name, parameter in trained.items():
+        phase = _first_match(name, phase_patterns)
+        if phase is None:
+            raise ValueError(
+                f"parameter {name!r} matches no phase's pattern {list(phase_patterns)}; freeze it or add it"
+            )
+        group = _first_match(name, group_patterns)
+        rows.append((name, tuple(parameter.shape), phase, 0 if group is None else group + 1))
+    layout = Layout.build(rows)
+    return layout, [trained[entry.name] for entry in layout.entries]
+
+
+def frozen_of(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
+    """Parameters that are not trained."""
+    trained = {entry.name for entry in layout.entries}
+    return {name: p.data for name, p in model.named_parameters() if name not in trained}
+
+
+def fingerprint_of(layout: Layout, weights: Iterable[Tensor], frozen: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values of all that must be equal on every rank at the start.
+
+    Args:
+        weights: the trained elements in the layout's order, in as many tensors as one likes.
+    """
+    digest = hashlib.sha256(repr([(e.name, e.shape, e.phase, e.group) for e in layout.entries]).encode())
+    for tensor in weights:
+        digest.update(to_numpy(tensor).tobytes())
+    for name, tensor in sorted(frozen.items()):
+        digest.update(name.encode() + to_numpy(tensor).tobytes())
+    return digest.hexdigest()
 
 
 @dataclass

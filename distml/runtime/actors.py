@@ -252,7 +252,7 @@ class WorkerActor:
             return {"error": f"the task cannot be built: {describe(error)}"}
         strategy = self.trainer.strategy
         description = {
-            "fingerprint": strategy.flat.fingerprint(), "layout": strategy.flat.layout.to_json(),
+            "fingerprint": strategy.fingerprint(), "layout": strategy.layout.to_json(),
             "agenda": strategy.agenda_arguments, "phases": len(strategy.phases), "host": socket.gethostname(),
             "address": ray.util.get_node_ip_address(), "pid": os.getpid(),
             "node": ray.get_runtime_context().get_node_id(),
@@ -266,7 +266,7 @@ class WorkerActor:
             description |= {"shared_bytes_free": free_bytes(), "regions": self.regions,
                             "too_large": strategy.too_large_to_share()}  # fmt: skip
         if self.rank == 0:
-            description["frozen"] = {name: to_numpy(t).copy() for name, t in strategy.flat.frozen().items()}
+            description["frozen"] = {name: to_numpy(t).copy() for name, t in strategy.frozen().items()}
         return description
 
     def start_weights(self) -> Array:

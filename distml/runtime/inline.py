@@ -30,7 +30,7 @@ from distml.runtime.cut import Cut, join_captures
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda
-from distml.strategies.parameter_server import Clock, answered_range
+from distml.strategies.parameter_server import Clock, ParameterServer, answered_range
 from distml.strategies.shard import Entry, Shard
 from distml.tasks.base import Mean
 from distml.tasks.build import build_task, describe
@@ -323,12 +323,12 @@ class InlineRuntime:
             self.sources.mark_imported()
             self.trainers.append(trainer)
             self.states.append(random_states())
-        prints = {trainer.strategy.flat.fingerprint() for trainer in self.trainers}
+        prints = {trainer.strategy.fingerprint() for trainer in self.trainers}
         if len(prints) > 1:
             raise UsageError(DIFFERENT_MODELS)
-        flat = self.trainers[0].strategy.flat
-        frozen = {name: to_numpy(tensor).copy() for name, tensor in flat.frozen().items()}
-        return Description(flat.layout, frozen, "in one process (inline)", [socket.gethostname()])
+        strategy = self.trainers[0].strategy
+        frozen = {name: to_numpy(tensor).copy() for name, tensor in strategy.frozen().items()}
+        return Description(strategy.layout, frozen, "in one process (inline)", [socket.gethostname()])
 
     def begin(self, cut: Cut | None) -> None:
         """Connect and load."""
@@ -337,10 +337,10 @@ class InlineRuntime:
             self.job.seed, list(self.job.inline.speeds or [1.0] * self.size))  # fmt: skip
         self.baton = Baton(self.size, choose)
         board = Board(self.baton, self.size)
-        if isinstance(self.job.strategy, ParameterServerSpec):
+        if isinstance(strategy, ParameterServer):
             phases = len(strategy.phases)
             agenda = Agenda(self.job, **strategy.agenda_arguments)
-            self.servers = InlineServers(self.job, strategy.flat.layout, agenda, phases)
+            self.servers = InlineServers(self.job, strategy.layout, agenda, phases)
             moments = {n: from_numpy(v) for n, v in cut.shared["moments"].items()} if cut else {}
             weights = from_numpy(cut.shared["weights"]) if cut else strategy.flat.weights
             self.servers.load(weights, moments, cut.shared["clock"] if cut else None)

@@ -1,7 +1,14 @@
-"""The worker's half that all strategies share: a replica with flat views, phases, accumulation, precision, progress.
+"""The worker's half that all strategies share: a model, phases, accumulation, precision, progress, evaluation, clock.
 
 A strategy says how the workers' gradients become one update; it implements `_exchange`. It never knows what the task
-is, and never imports ray.
+is, and never imports ray. What it holds of the model is one of two things:
+
+    whole   every worker has all weights, as views of one flat vector (`strategies/replica.py`). One of them hands over
+            the state: `shared_state`, `load_shared`.
+    parts   each rank has a part of weights and moments that no other has (`keeps_parts`). Nobody ever gathers them:
+            each rank gives its own (`pieces`), and reads what it needs of others' (`load_pieces`).
+
+Both are indexed alike, by a parameter's name and the elements within it (`layout`), so one's state is the other's.
 """
 
 from __future__ import annotations
@@ -12,23 +19,32 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from distml.errors import UsageError
 from distml.exchange.channel import Channel, Group
-from distml.exchange.flat import TAIL, Carried, FlatModel, from_numpy, to_numpy
-from distml.exchange.layout import Array
-from distml.exchange.segment import Regions
+from distml.exchange.flat import Carried, from_numpy, to_numpy
+from distml.exchange.layout import Array, Layout
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda, Spent
 from distml.strategies.optimizer import schedule_factor
 from distml.tasks.base import Loss, Mean, Progress, Task, as_loss
 from distml.tasks.data import Batch, num_rows
+
+# (kind, parameter's name, its first element of these, the elements: 1-D float32). Kind is "model" for weights, else a
+# moment's name as `FlatOptimizer` has them.
+Piece = tuple[str, str, int, Tensor]
+# (kind, parameter's name, start, stop) -> elements [start, stop) of the flattened parameter in float32; None: the state
+# that is read has no such moment.
+ReadPiece = Callable[[str, str, int, int], Array | None]
+
+MODEL = "model"
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Votes to end the run at the next version. They are added up over workers: whoever sees 1 or more knows of a request.
 REQUESTED, TIMED_OUT = 1.0, 2.0**-12
@@ -39,15 +55,18 @@ class BadLossError(ValueError):
 
 
 class TaskModule(nn.Module):
-    """The one module that is wrapped: its forward is the task's loss."""
+    """The one module that is wrapped: its forward is the task's loss, under the run's precision."""
 
-    def __init__(self, task: Task, model: nn.Module) -> None:
+    def __init__(self, task: Task, model: nn.Module, precision: str, device: torch.device) -> None:
         super().__init__()
         self.task, self.model = task, model
+        self.precision, self.device_type = precision, device.type
 
     def forward(self, method: str, batch: Batch, progress: Progress) -> Loss:
         """The loss of one micro-batch."""
-        return as_loss(getattr(self.task, method)(self.model, batch, progress), batch, method)
+        low = LOW_PRECISION.get(self.precision)
+        with contextlib.nullcontext() if low is None else torch.autocast(self.device_type, low):
+            return as_loss(getattr(self.task, method)(self.model, batch, progress), batch, method)
 
 
 @dataclass
@@ -86,7 +105,16 @@ class Strategy(ABC):
         world_size: workers.
         device: where the replica lives.
         snapshot_every: steps between snapshots for recovery; None: only checkpoints.
+
+    Attributes:
+        keeps_parts: whether each rank has a part of the state that no other has, and gives and takes it by `pieces`.
+        layout: the index of the trained parameters.
+        model: what the task computes with; `connect` may replace it.
     """
+
+    keeps_parts: ClassVar[bool] = False
+    layout: Layout
+    model: nn.Module
 
     def __init__(
         self, job: JobSpec, rank: int, world_size: int, device: torch.device, snapshot_every: int | None = None
@@ -105,25 +133,17 @@ class Strategy(ABC):
         self._frames = 0.0  # environment steps that this step is the first to use
         self._mark = time.perf_counter()
         self.is_waiting, self.waited_until = False, 0.0  # for others, in the middle of own work; `time.monotonic()`
-        self.leaves_gradients = True  # an exchange does not zero them itself
 
     # ------------------------------------------------------------------------------------------------------- building
     def prepare(self, task: Task, start_weights: Mapping[str, Array] | None, dataset_size: int | None) -> nn.Module:
-        """Build the replica under the run's seed, with `init` and freezing applied, as views of flat vectors."""
-        seed_everything(self.job.seed)
+        """Build the model under the run's seed, with `init` and freezing applied, and index what is trained of it."""
         self.task = task
-        self.model = task.build_model()
-        if not isinstance(self.model, nn.Module):
-            raise TypeError(f"build_model must return an nn.Module, not {type(self.model).__name__}")
-        self.model.to(self.device).train()
-        if start_weights is not None:
-            take_start_weights(self.model, start_weights, self.job.init.only if self.job.init else ["*"])
-        freeze(self.model, self.job.init.freeze if self.job.init else [])
+        self.model = self._build_model(start_weights)
         self.phases = list(range(len(task.phases)))
         patterns = [group.match for group in self.job.optimizer.groups]
-        self.flat = FlatModel(self.model, [pattern for _, pattern in task.phases], patterns)
+        self._take_parameters([pattern for _, pattern in task.phases], patterns)
         self.carried = Carried(self.model)
-        self.module = TaskModule(task, self.model)
+        self.module = TaskModule(task, self.model, self.job.precision, self.device)
         updates = 1 if self.job.strategy.is_synchronous else self.world_size
         self.agenda_arguments: dict[str, Any] = {"updates_per_round": updates, "dataset_size": dataset_size,
                                  "snapshot_every": self.snapshot_every}  # fmt: skip
@@ -133,20 +153,36 @@ class Strategy(ABC):
         self._build()
         return self.model
 
+    def _build_model(self, start_weights: Mapping[str, Array] | None) -> nn.Module:
+        """The model as the run begins with it."""
+        seed_everything(self.job.seed)
+        model: nn.Module = self.task.build_model()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"build_model must return an nn.Module, not {type(model).__name__}")
+        model.to(self.device).train()
+        if start_weights is not None:
+            take_start_weights(model, start_weights, self.job.init.only if self.job.init else ["*"])
+        freeze(model, self.job.init.freeze if self.job.init else [])
+        return model
+
+    @abstractmethod
+    def _take_parameters(self, phase_patterns: list[str], group_patterns: list[str]) -> None:
+        """Index the trained parameters (`layout`), and take them into one's own storage."""
+
     def _build(self) -> None:  # noqa: B027
         """What a strategy adds to `prepare`."""
 
     @abstractmethod
-    def connect(self, group: Group | None, channel: Channel | None) -> None:
-        """Take the way to the other processes; called again after a recovery."""
+    def frozen(self) -> dict[str, Tensor]:
+        """The model's parameters that are not trained."""
 
     @abstractmethod
-    def regions(self, size: int, keeps: bool) -> Regions:
-        """What a segment has to hold for `size` workers of a host; `keeps`: also states to go back to."""
+    def fingerprint(self) -> str:
+        """A hash of all that must be equal on every rank at the start."""
 
-    def too_large_to_share(self) -> str | None:
-        """What of this model has no place in a segment, or None."""
-        return None
+    @abstractmethod
+    def connect(self, group: Group | None, channel: Channel | None) -> None:
+        """Take the way to the other processes; called again after a recovery."""
 
     # ------------------------------------------------------------------------------------------------------- one step
     def loss(self, phase: int, batch: Batch, last: bool) -> Loss:
@@ -158,15 +194,8 @@ class Strategy(ABC):
         Raises:
             BadLossError: it is NaN or infinite.
         """
-        self.flat.select_phase(phase)
         method = self.task.phases[phase][0]
-        autocast = (
-            torch.autocast(self.device.type, torch.bfloat16)
-            if self.job.precision == "bf16"
-            else contextlib.nullcontext()
-        )
-        with autocast:
-            loss = self._forward(last, method, batch, self.progress)
+        loss = self._forward(last, method, batch, self.progress)
         value = float(loss.total.detach())
         if not math.isfinite(value):
             raise BadLossError(f"{method} is {value}")
@@ -179,7 +208,7 @@ class Strategy(ABC):
         return loss
 
     def backward(self, loss: Loss) -> None:
-        """Add the gradients of a micro-batch's sum to the flat vector."""
+        """Add the gradients of a micro-batch's sum to those of the step."""
         if loss.total.requires_grad:
             self._backward(loss.total)
         self._count += loss.count
@@ -193,8 +222,6 @@ class Strategy(ABC):
 
     def exchange(self, phase: int) -> None:
         """Let all workers' gradients of this phase become one update of its weights."""
-        message = self.flat.phase_message(phase)
-        message[-TAIL:] = message.new_tensor(self._tail())
         started, before = self._mark, time.perf_counter()
         self.meter.compute_s += before - started
         last = phase == self.phases[-1]
@@ -203,8 +230,6 @@ class Strategy(ABC):
             self.since_average += self._count
         with torch.no_grad():
             self._exchange(phase, self._count, last)
-            if self.leaves_gradients:
-                message.zero_()
         self._count = self._rows = self._frames = 0.0
         self._mark = time.perf_counter()
         self.meter.exchange_s += self._mark - before
@@ -221,7 +246,7 @@ class Strategy(ABC):
         self.meter.steps += 1
 
     def _tail(self) -> list[float]:
-        """What goes behind this worker's gradients, in the order of COUNT, VOTE, ROWS, FRAMES."""
+        """What travels with this worker's gradients, in the order of COUNT, VOTE, ROWS, FRAMES."""
         return [self._count, self.vote, self._rows, self._frames]
 
     @property
@@ -349,18 +374,32 @@ class Strategy(ABC):
         """
         return None
 
-    def load_weights(self, weights: Array, carried: Mapping[str, Array]) -> None:
-        """Overwrite the replica."""
-        with torch.no_grad():
-            self.flat.weights.copy_(from_numpy(weights))
-            self.carried.load(dict(carried))
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's own part of the state, for those that keep parts.
+
+        Every element of every trained parameter is in the pieces of exactly one rank, for each kind. They are on the
+        CPU, and only good until the next one is asked for.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no parts")
+
+    def load_pieces(self, read: ReadPiece, clock: Mapping[str, Any]) -> None:
+        """Continue from a state that others may have written: fill this rank's part, and take the clock.
+
+        A moment that the state does not have begins at zero.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no parts")
 
     def load_shared(self, shared: Mapping[str, Any]) -> None:
-        """Continue from a shared half: the replica and the clock."""
-        self.load_weights(shared["weights"], shared["carried"])
-        clock = shared["clock"]
+        """Continue from a shared half: the model and the clock."""
+        raise NotImplementedError(f"{type(self).__name__} keeps parts")
+
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether the weights that this rank holds are."""
+
+    def load_clock(self, clock: Mapping[str, Any]) -> None:
+        """Continue from what `clock_state` gave, at the beginning of a step."""
         self.agenda.load_state(clock["agenda"])
-        self.flat.gradients.zero_()
         self._count = self._rows = self._frames = 0.0
         spent = Spent.of(clock)
         self._advance(spent, self.agenda.over(spent), ())

@@ -108,7 +108,7 @@ class LocalSGD(Single):
             found[OUTER_MOMENTUM] = vector
         return found
 
-    def _exchange(self, phase: int, count: float, last: bool) -> None:
+    def _update(self, phase: int, count: float, last: bool) -> None:
         self._apply(self.flat.phase_message(phase)[:-TAIL], count, phase, last)
         self.counts[phase] += count
         if not last:

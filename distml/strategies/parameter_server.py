@@ -48,6 +48,7 @@ from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import SNAPSHOT_AFTER_S, Agenda, Spent, crossed
 from distml.strategies.base import Strategy
 from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
+from distml.strategies.replica import Replica
 from distml.strategies.shard import Entry, shard_range
 from distml.strategies.tally import Tally
 
@@ -423,7 +424,7 @@ def answered_range(layout: Layout, entry: Entry, is_sync: bool) -> tuple[int, in
     return layout.phase_range(entry.phase)
 
 
-class ParameterServer(Strategy):
+class ParameterServer(Replica):
     """The worker's half: pushes each phase's summed gradient with its count, pulls one version of the weights."""
 
     def _build(self) -> None:
@@ -502,7 +503,7 @@ class ParameterServer(Strategy):
         else:
             self.meter.steps += 1  # the first gradient of those that are prefetched has no answer yet
 
-    def _exchange(self, phase: int, count: float, last: bool) -> None:
+    def _update(self, phase: int, count: float, last: bool) -> None:
         gradient = self.flat.phase_message(phase)[:-TAIL]
         if not self.is_sync and self.job.optimizer.clip_norm is not None:
             whole = (0, self.flat.layout.numel)

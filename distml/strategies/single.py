@@ -18,9 +18,9 @@ from distml.exchange.flat import COUNT, FRAMES, ROWS, TAIL, VOTE, from_numpy, to
 from distml.exchange.segment import Regions
 from distml.exchange.shared_memory import SharedMemoryGroup
 from distml.strategies.agenda import Spent, crossed
-from distml.strategies.base import Strategy
 from distml.strategies.in_place import InPlaceUpdate, sync_regions
 from distml.strategies.optimizer import FlatOptimizer, applied_optimizer, block_square_norms, clip_scale
+from distml.strategies.replica import Replica
 
 
 class Alone:
@@ -40,7 +40,7 @@ class Alone:
         return list(parts)
 
 
-class Single(Strategy):
+class Single(Replica):
     """Every worker that runs this holds the whole optimiser and applies the same update."""
 
     updates_in_place = True  # where a segment of shared memory can hold the weights
@@ -72,7 +72,7 @@ class Single(Strategy):
         """Sum one phase's gradients and tail over the ranks of a group, in place."""
         group.all_reduce(message)
 
-    def _exchange(self, phase: int, count: float, last: bool) -> None:
+    def _update(self, phase: int, count: float, last: bool) -> None:
         before = self.group.bytes_sent
         if self.in_place is not None:
             version = self.progress.version
