@@ -104,8 +104,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, D] -> [B, T, D]; every token sees those that the mask, bool [B, 1, 1, T], allows."""
         batch, length, width = x.shape
-        heads = self.qkv(x).view(batch, length, 3 * self.heads, -1).transpose(1, 2)  # [B, 3 H, T, C]
-        q, k, v = heads.chunk(3, dim=1)
+        parts = self.qkv(x).view(batch, length, 3 * self.heads, -1).chunk(3, dim=2)  # [B, T, H, C] each
+        q, k, v = (part.transpose(1, 2) for part in parts)
         attended = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         output: Tensor = self.output(attended.transpose(1, 2).reshape(batch, length, width))
         return output
