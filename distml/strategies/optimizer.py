@@ -20,7 +20,8 @@ from torch.optim.sgd import sgd
 
 from distml.exchange.compression.build import corrects_momentum
 from distml.exchange.layout import MAX_BLOCK, Layout
-from distml.spec.schema import AdamSpec, AdamWSpec, JobSpec, OptimizerSpec, RMSpropSpec, ScheduleSpec, SGDSpec
+from distml.spec.schema import AdamSpec, AdamWSpec, JobSpec, OptimizerSpec, ScheduleSpec, SGDSpec
+from distml.strategies.moments import moment_names
 
 
 def schedule_factor(schedule: ScheduleSpec, version: int, budget: int | None) -> float:
@@ -74,13 +75,9 @@ class FlatOptimizer:
         self.spec, self.layout, self.budget = spec, layout, budget
         self.start, self.stop = shard
         self.updates = 0
-        names = {SGDSpec: ("momentum",), RMSpropSpec: ("square_avg", "momentum")}.get(
-            type(spec), ("exp_avg", "exp_avg_sq")
-        )
-        if not getattr(spec, "momentum", 1.0):
-            names = tuple(name for name in names if name != "momentum")
         self.moments = {
-            name: torch.zeros(self.stop - self.start, dtype=like.dtype, device=like.device) for name in names
+            name: torch.zeros(self.stop - self.start, dtype=like.dtype, device=like.device)
+            for name in moment_names(spec)
         }
 
     def hyperparameters(self, group: int, version: int, lr_factor: float = 1.0) -> dict[str, float]:
