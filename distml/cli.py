@@ -327,7 +327,9 @@ def _integers(option: str, texts: list[str]) -> list[int]:
 @app.command()
 @_verb
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The measurement: exchange, loop, rl or start.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The measurement: exchange, loop, rl, start or transformer.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     repeats: Annotated[int | None, typer.Option(help="Of each contender; they take turns.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="exchange: parameters, 0.1M, 4.2M or 25M; repeatable.")] = None,
@@ -336,7 +338,8 @@ def bench(
     ] = None,
     optimizer: Annotated[list[str] | None, typer.Option(help="exchange: sgd or adam; repeatable.")] = None,
     contenders: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME", help="exchange, rl: only these, for example a3c,sb3_a2c.")
+        str | None,
+        typer.Option(metavar="NAME,NAME", help="exchange, rl, transformer: only these, for example a3c,sb3_a2c."),
     ] = None,
     environment: Annotated[str | None, typer.Option(help="rl: cartpole, pendulum or pong.")] = None,
     seeds: Annotated[int | None, typer.Option(help="rl: how many; each contender trains once with each.")] = None,
@@ -348,6 +351,11 @@ def bench(
     transport: Annotated[str | None, typer.Option(help="exchange: of distml's strategies, as in a spec.")] = None,
     hosts: Annotated[int | None, typer.Option(help="exchange: 2 for two hosts with a link (needs root).")] = None,
     rate: Annotated[str | None, typer.Option(help="exchange: of that link, 1gbit or 100mbit.")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="transformer: speed, zero, memory, loss or gpu; repeatable.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="transformer: of each repeat.")] = None,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="transformer: what --part loss learns.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="exchange, rl: draw the result, as PNG.")] = None,
 ) -> int | None:
     """Measure side by side with peers, as ratios from one invocation."""
@@ -357,6 +365,7 @@ def bench(
     code: int | None = bench_command(
         name, json=as_json, plot=plot, repeats=repeats, size=size, workers=_integers("--workers", workers or []),
         optimizer=optimizer, contenders=names, full=full, transport=transport, hosts=hosts, rate=rate,
-        environment=environment, seeds=seeds, frames=frames, overrides=overrides,
+        environment=environment, seeds=seeds, frames=frames, overrides=overrides, part=part or [], steps=steps,
+        text=text,
     )  # fmt: skip
     return code

@@ -4,6 +4,7 @@ exchange    milliseconds per step by how gradients travel, against DDP, Ray Trai
 loop        the loop's own cost per step, against plain PyTorch doing the same
 rl          frames per second, and frames and seconds to solved, against Stable-Baselines3 and RLlib
 start       seconds from the command to the first update, against Ray Train's
+transformer language models against plain PyTorch, and ZeRO against DeepSpeed by itself
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from distml.errors import RunError, UsageError
 
-BENCHES = ("exchange", "loop", "rl", "start")
+BENCHES = ("exchange", "loop", "rl", "start", "transformer")
 
 
 def bench_command(name: str, json: bool, plot: Path | None = None, **options: Any) -> int:
