@@ -89,7 +89,7 @@ def load_spec(
     try:
         job = root.model_validate(document.data, by_alias=True, by_name=False)
     except ValidationError as error:
-        raise _first(problems_of(error, root), document) from None
+        raise first_error(problems_of(error, root), document) from None
     if isinstance(job, RLlibSpec):
         return LoadedSpec(_checked_rllib(job, directory, document), path, directory)
     assert isinstance(job, JobSpec)
@@ -120,7 +120,7 @@ def _checked_rllib(job: RLlibSpec, directory: Path, document: Document) -> RLlib
     job, problems = find_recorded(job, directory)
     problems += check_rllib(job)
     if problems:
-        raise _first(problems, document)
+        raise first_error(problems, document)
     return job
 
 
@@ -133,7 +133,7 @@ def _checked_train(job: JobSpec, directory: Path, document: Document) -> JobSpec
     job, problems = complete(job, "batch_size" in document.data)
     problems += check_rules(job, needs)
     if problems:
-        raise _first(problems, document)
+        raise first_error(problems, document)
     return job
 
 
@@ -173,7 +173,7 @@ def _check_kind(document: Document) -> None:
         )
 
 
-def _first(problems: list[Problem], document: Document) -> UsageError:
+def first_error(problems: list[Problem], document: Document) -> UsageError:
     """The problem that stands first in the file, then those of overrides; how many more there are."""
 
     def place(problem: Problem) -> Position:
