@@ -8,7 +8,12 @@ committed checkpoint of the same step, that one is set aside as `step-….replac
 as the checkpoint of its step as long as the new one does not have its name. Whatever instruction a writer is killed
 at, each step is found in its old or its new form.
 
-Reading: sizes and SHA-256 of all files against the manifest, no file missing, none too many. No pickle anywhere.
+A state that is spread over ranks is written by them, each its part (`parts.py`), into `step-….TOKEN.ranks`. When all
+are there, that folder becomes the partial one, with the hashes that the ranks took; what ranks had written when they
+died is never taken over, and goes when the next driver begins.
+
+Reading: sizes and SHA-256 of all files against the manifest, no file missing, none too many; parts must be complete.
+No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +37,8 @@ import numpy as np
 from distml.errors import RunError, UsageError
 from distml.runs.background import BackgroundWriter
 from distml.runs.files import TEMPORARY_FILES, fsync_folder, strict_json, write_atomically
-from distml.runs.tensors import HashingFile, check_tensors, read_tensors, write_tensors
+from distml.runs.parts import MODEL, OPTIMIZER, CheckpointDamaged, Files, PartReader, is_part
+from distml.runs.tensors import check_tensors, new_file, read_tensors, write_tensors
 
 __all__ = [
     "Checkpoint",
@@ -47,11 +53,18 @@ __all__ = [
 
 FORMAT = 1
 MANIFEST, STATE, BEST = "manifest.json", "state.json", "best.json"
-PARTIAL, REPLACED = ".partial", ".replaced"
+PARTIAL, REPLACED, RANKS = ".partial", ".replaced", ".ranks"
 _FOLDER = re.compile(r"step-(\d{8,})")
 _STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_MODEL = re.compile(r"model(-\d+-of-\d+)?")
 _CHUNK_BYTES = 1 << 20
+
+
+@dataclass
+class Parts:
+    """What all ranks have written of a checkpoint: their folder, and the files' entries in the manifest."""
+
+    folder: Path
+    files: Files
 
 
 @dataclass
@@ -63,20 +76,16 @@ class Checkpoint:
         tensors: file stem (`model`, `optimizer`, `own`, …) to tensor name to array.
         state: JSON values.
         more: writes further files and folders into the checkpoint's folder, which the manifest then covers too.
+        parts: model and optimiser, where ranks have written them; their folder becomes the checkpoint's.
+        folder: where it was read from.
     """
 
     step: int
     tensors: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     more: Callable[[Path], None] | None = None
-
-
-class CheckpointDamaged(UsageError):
-    """A checkpoint does not agree with its manifest."""
-
-    def __init__(self, folder: Path, reason: str) -> None:
-        self.folder, self.reason = folder, reason
-        super().__init__(f"checkpoint {folder} is damaged ({reason})")
+    parts: Parts | None = None
+    folder: Path | None = None
 
 
 class CheckpointFailed(RunError):
@@ -92,6 +101,16 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def ranks_folder_name(step: int, token: str) -> str:
+    """The folder that ranks write their parts into.
+
+    Args:
+        token: the same on all ranks that were started together, so that none meets what an earlier one, which may not
+            know yet that its run is over, has written.
+    """
+    return f"{folder_name(step)}.{token}{RANKS}"
+
+
 # ----------------------------------------------------------------------------------------------------------- one folder
 def write_folder(folder: Path, checkpoint: Checkpoint) -> None:
     """Write all files of a checkpoint and make them durable; `folder` must not exist.
@@ -101,20 +120,40 @@ def write_folder(folder: Path, checkpoint: Checkpoint) -> None:
         OSError: it cannot be written.
     """
     check(checkpoint)
-    folder.mkdir(parents=True)
-    files: dict[str, dict[str, Any]] = {}
+    files: Files = {}
+    if checkpoint.parts is None:
+        folder.mkdir(parents=True)
+    else:
+        files |= checkpoint.parts.files
+        _take_over(checkpoint.parts, folder)
     for stem, tensors in checkpoint.tensors.items():
-        with _new_file(folder / f"{stem}.safetensors", files) as file:
+        with new_file(folder / f"{stem}.safetensors", files) as file:
             write_tensors(file, tensors)
-    with _new_file(folder / STATE, files) as file:
+    with new_file(folder / STATE, files) as file:
         file.write(strict_json(checkpoint.state, "state").encode())
     if checkpoint.more is not None:
         checkpoint.more(folder)
         _enter_others(folder, files)
     manifest = {"format": FORMAT, "step": checkpoint.step, "files": files}
-    with _new_file(folder / MANIFEST, {}) as file:
+    with new_file(folder / MANIFEST, {}) as file:
         file.write(strict_json(manifest, "manifest").encode())
     fsync_folder(folder)
+
+
+def _take_over(parts: Parts, folder: Path) -> None:
+    """Give the ranks' folder the name `folder`; their files are durable already.
+
+    Raises:
+        OSError: it does not hold what they have said.
+    """
+    there = file_names(parts.folder)
+    for name in sorted(there ^ parts.files.keys()):
+        raise OSError(f"{parts.folder / name} is {'not of this checkpoint' if name in there else 'not there'}")
+    for name, entry in parts.files.items():
+        size = (parts.folder / name).stat().st_size
+        if size != entry["bytes"]:
+            raise OSError(f"{parts.folder / name} has {size} bytes, not the {entry['bytes']} that were written")
+    parts.folder.rename(folder)
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -131,17 +170,6 @@ def check(checkpoint: Checkpoint) -> None:
             raise ValueError(f"{stem!r} cannot be the stem of a file's name")
         check_tensors(tensors)
     strict_json(checkpoint.state, "state")
-
-
-@contextlib.contextmanager
-def _new_file(path: Path, files: dict[str, dict[str, Any]]) -> Iterator[HashingFile]:
-    """A file that is durable and entered into the manifest's `files` when the block ends."""
-    with open(path, "xb") as raw:
-        file = HashingFile(raw)
-        yield file
-        raw.flush()
-        os.fsync(raw.fileno())
-    files[path.name] = {"sha256": file.sha256, "bytes": file.size}
 
 
 def _enter_others(folder: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -188,8 +216,12 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_folder(folder: Path) -> Checkpoint:
+def load_folder(folder: Path, *, whole: bool = True) -> Checkpoint:
     """A verified checkpoint; its arrays have memory of their own.
+
+    Args:
+        whole: with the model and the optimiser's state, whoever wrote them in how many parts; without, these are left
+            to those who read their own parts of the folder.
 
     Raises:
         CheckpointDamaged: names the file.
@@ -197,16 +229,34 @@ def load_folder(folder: Path) -> Checkpoint:
     manifest = verify(folder)
     stems = [name.removesuffix(".safetensors") for name in manifest["files"] if _is_ours(name)]
     try:
-        tensors = {stem: read_tensors(folder / f"{stem}.safetensors") for stem in stems}
+        tensors = {stem: read_tensors(folder / f"{stem}.safetensors") for stem in stems
+                   if whole or stem not in (MODEL, OPTIMIZER)}  # fmt: skip
+        if not whole or any(map(is_part, manifest["files"])):
+            tensors |= _read_parts(folder, whole)
         state = json.loads((folder / STATE).read_bytes())
+    except CheckpointDamaged:
+        raise
     except (UsageError, OSError, ValueError) as error:
         raise CheckpointDamaged(folder, str(error)) from error
-    return Checkpoint(manifest["step"], tensors, state)
+    return Checkpoint(manifest["step"], tensors, state, folder=folder)
+
+
+def _read_parts(folder: Path, whole: bool) -> dict[str, dict[str, np.ndarray]]:
+    """Model and optimiser, put together of all parts; if not `whole` they are only looked through."""
+    with PartReader(folder) as reader:
+        reader.check()
+        if not whole:
+            return {}
+        moments = [kind for kind in reader.kinds() if kind != MODEL]
+        return {
+            MODEL: {name: reader.whole(MODEL, name) for name in reader.names(MODEL)},
+            OPTIMIZER: {f"{kind}/{name}": reader.whole(kind, name) for kind in moments for name in reader.names(kind)},
+        }
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a file holds tensors of `Checkpoint.tensors`."""
-    return name.endswith(".safetensors") and "/" not in name
+    """Whether a file holds tensors of `Checkpoint.tensors` by itself."""
+    return name.endswith(".safetensors") and "/" not in name and not is_part(name)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -355,8 +405,8 @@ class CheckpointStore:
         names = [entry.name.removesuffix(REPLACED) for entry in self.root.iterdir()] if self.root.is_dir() else []
         return sorted({int(match[1]) for name in names if (match := _FOLDER.fullmatch(name))})
 
-    def load(self, step: int) -> Checkpoint:
-        """The verified checkpoint of a step.
+    def load(self, step: int, *, whole: bool = True) -> Checkpoint:
+        """The verified checkpoint of a step (see `load_folder`).
 
         Raises:
             CheckpointDamaged: names the file.
@@ -366,18 +416,19 @@ class CheckpointStore:
         if not folder.is_dir():
             steps = ", ".join(map(str, self.steps())) or "none"
             raise UsageError(f"there is no checkpoint of step {step} in {self.root}; there are: {steps}")
-        return load_folder(folder)
+        return load_folder(folder, whole=whole)
 
-    def newest_good(self, report: Callable[[str], None]) -> Checkpoint | None:
+    def newest_good(self, report: Callable[[str], None], *, whole: bool = True) -> Checkpoint | None:
         """The newest checkpoint that verifies; None when there is none.
 
         Args:
             report: called with one line for each damaged one that was passed over.
+            whole: see `load_folder`.
         """
         damaged, found = [], None
         for step in reversed(self.steps()):
             try:
-                found = self.load(step)
+                found = self.load(step, whole=whole)
                 break
             except CheckpointDamaged as error:
                 damaged.append((step, error.reason))
@@ -385,6 +436,16 @@ class CheckpointStore:
         for step, reason in damaged:
             report(f"checkpoint {folder_name(step)} is damaged ({reason}); {outcome}")
         return found
+
+    # -- what ranks write
+    def ranks_folders(self) -> list[Path]:
+        """The folders that ranks write into, or have written into before they died."""
+        return sorted(self.root.glob(f"step-*{RANKS}"))
+
+    def discard(self, folders: Iterable[Path]) -> None:
+        """Remove such folders; nobody writes into them any more."""
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)  # what stays is removed the next time
 
     # -- inside
     def _commit(self, checkpoint: Checkpoint) -> None:
@@ -497,6 +558,8 @@ def resolve_source(path: Path | str, report: Callable[[str], None] | None = None
         UsageError: there are no model tensors there.
     """
     path = Path(path).expanduser()
+    if path.is_file() and is_part(path.name) and (path.parent / MANIFEST).is_file():
+        raise UsageError(f"{path} is one of several files that hold a model together; name their folder {path.parent}")
     if path.is_file() and path.suffix == ".safetensors":
         return read_tensors(path)
     if (path / MANIFEST).is_file():
@@ -510,10 +573,9 @@ def resolve_source(path: Path | str, report: Callable[[str], None] | None = None
         raise UsageError(f"weights come from a run directory, a checkpoint or a .safetensors file; {path} {what}")
     if checkpoint is None:
         raise UsageError(f"{path} has no checkpoint to take weights from")
-    stems = [stem for stem in sorted(checkpoint.tensors) if _MODEL.fullmatch(stem)]
-    if not stems:
+    if MODEL not in checkpoint.tensors:
         raise UsageError(f"the checkpoint of step {checkpoint.step} in {path} holds no model")
-    return {name: array for stem in stems for name, array in checkpoint.tensors[stem].items()}
+    return checkpoint.tensors[MODEL]
 
 
 def _to_stderr(line: str) -> None:
