@@ -313,6 +313,26 @@ def export(
     return code
 
 
+@app.command()
+@_verb
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    tokens: Annotated[int, typer.Option(help="How many at most; the text ends before with its document.")] = 200,
+    temperature: Annotated[float, typer.Option(help="Below 1 likelier tokens; 0: the likeliest each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the K likeliest only.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    uncached: Annotated[bool, typer.Option("--uncached", help="Compute all tokens anew for each; to compare.")] = False,
+) -> int | None:
+    """Print a prompt and what a run's language model writes behind it."""
+    from distml.launch.generate import generate_command
+
+    code: int | None = generate_command(
+        run=run, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, cached=not uncached
+    )
+    return code
+
+
 def _integers(option: str, texts: list[str]) -> list[int]:
     """The numbers that a repeatable option names, also several at once with commas between them."""
     from distml.errors import UsageError
