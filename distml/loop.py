@@ -8,6 +8,7 @@ and waits only inside `strategy.exchange`; when a peer is gone that wait ends wi
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -234,7 +235,8 @@ class Trainer:
         try:
             dataset = self._dataset(split) if type(self.task).data is not Task.data else None
             seed_everything(seed)
-            part = Part(index, count, seed, split, dataset=dataset, device=self.device)
+            size = self.job.micro_batch_size or math.ceil(self.job.batch_size / self.world_size)
+            part = Part(index, count, seed, split, size, dataset, self.device)
             with torch.no_grad():
                 means = self.task.evaluate(self.model, part, self.strategy.progress)
         finally:

@@ -81,7 +81,7 @@ def load_model(run: Path | str, report: Report | None = None) -> TrainedModel:
     checkpoint = best_checkpoint(directory, report or _to_stderr)
     sources = SourceTree.collect(loaded.job.task, loaded.directory)
     sources.install()
-    task = build_task(loaded.job)
+    task = build_task(loaded.job, directory.path)
     sources.mark_imported()
     model = build_model(loaded.job, task)
     copy_weights(model, checkpoint.tensors["model"], f"checkpoint {folder_name(checkpoint.step)}")

@@ -10,12 +10,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,13 @@ from distml.runs.display import Display, SilentDisplay, make_display
 from distml.runtime.driver import Driver
 from distml.runtime.group import WorkerGroup
 from distml.spec.base import Block
+from distml.spec.language_rules import RUN_TOKENIZER, TextTaskSpecs
 from distml.spec.loader import LoadedSpec, load_spec
 from distml.spec.rl_rules import follows_workers
 from distml.spec.rllib import RLlibSpec
 from distml.spec.schema import JobSpec
+from distml.tasks.text import open_text, pinned
+from distml.tasks.tokens import TOKENIZER
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +44,7 @@ if TYPE_CHECKING:
     from distml.tasks.sources import SourceTree
 
 MAY_CHANGE = ("stop", "evaluate", "checkpoint", "log", "limits", "resources", "transport", "strategy", "inline")
-BUDGETS = ("steps", "examples", "epochs", "frames", "seconds")
+BUDGETS = ("steps", "examples", "epochs", "frames", "tokens", "seconds")
 EXIT_CODES = {"done": ExitCode.DONE, "goal_met": ExitCode.DONE, "goal_missed": ExitCode.GOAL_MISSED,
               "interrupted": ExitCode.INTERRUPTED, "failed": ExitCode.FAILED}  # fmt: skip
 
@@ -104,6 +108,8 @@ def run(
     """
     started = time.perf_counter()
     loaded = load_spec(spec, overrides)
+    if isinstance(loaded.job, JobSpec):
+        loaded = replace(loaded, job=pinned(loaded.job))
     job = loaded.job
     if isinstance(job, RLlibSpec):
         where = "ray"
@@ -304,6 +310,8 @@ def prepare_directory(directory: RunDirectory, loaded: LoadedSpec, resume: bool,
             display.note(f"changed: {name}; the run goes on with the new text")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
+    if isinstance(job, JobSpec) and isinstance(job.task, TextTaskSpecs):
+        shutil.copyfile(open_text(job.task, job.seed).path / TOKENIZER, directory.path / RUN_TOKENIZER)
     directory.write_spec(loaded.dump())
     directory.logs.mkdir(exist_ok=True)
     if resume:

@@ -32,6 +32,7 @@ from distml.runtime.cut import Cut, from_checkpoint, reshard, to_checkpoint
 from distml.runtime.endings import StopSignals, close_all
 from distml.runtime.group import Lost, WorkerGroup
 from distml.runtime.merge import ReportMerger
+from distml.spec.language_rules import task_tokens
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda
 
@@ -72,7 +73,7 @@ class Driver:
         self.job, self.directory, self.group, self.display, self.started = job, directory, group, display, started
         self.store = CheckpointStore(directory.checkpoints, job.checkpoint.keep)
         self.agenda = Agenda(job)
-        self.merger = ReportMerger(job.resources.workers, job.strategy.is_synchronous)
+        self.merger = ReportMerger(job.resources.workers, job.strategy.is_synchronous, task_tokens(job.task))
         self.boards: TensorBoardWriter | None = None
         self.metrics: dict[str, Any] = {}
         self.cut: Cut | None = None

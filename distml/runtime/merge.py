@@ -18,12 +18,14 @@ class ReportMerger:
     Args:
         world_size: workers.
         is_synchronous: whether gradients are always of the newest version.
+        tokens_per_example: of language models.
     """
 
     PATIENCE = 3  # reports of one rank that wait for another's
 
-    def __init__(self, world_size: int, is_synchronous: bool) -> None:
+    def __init__(self, world_size: int, is_synchronous: bool, tokens_per_example: int | None = None) -> None:
         self.world_size, self.is_synchronous = world_size, is_synchronous
+        self.tokens_per_example = tokens_per_example
         self.waiting: dict[int, deque[Report]] = {}  # asynchronous: rank -> its reports
         self.versions: dict[int, list[Report]] = {}  # synchronous: version -> the ranks' reports of it
         self.step = self.examples = self.frames = 0
@@ -82,6 +84,8 @@ class ReportMerger:
         row |= {name if "/" in name else f"train/{name}": total / count
                 for name, (total, count) in sums.items() if count}  # fmt: skip
         row |= {"train/lr": newest.values["lr"], "train/examples": examples}
+        if self.tokens_per_example is not None:
+            row["train/tokens"] = examples * self.tokens_per_example
         if frames:
             row["rl/frames"] = frames
         norms = [report.values["grad_norm"] for report in reports if "grad_norm" in report.values]
@@ -89,6 +93,8 @@ class ReportMerger:
             row["train/grad_norm"] = norms[0]
         if seconds > self.seconds:
             row["throughput/examples_per_s"] = (examples - self.examples) / (seconds - self.seconds)
+            if self.tokens_per_example is not None:
+                row["throughput/tokens_per_s"] = row["throughput/examples_per_s"] * self.tokens_per_example
         if frames > self.frames and seconds > self.frames_at:  # some updates learn from earlier ones' frames
             row["throughput/frames_per_s"] = (frames - self.frames) / (seconds - self.frames_at)
             self.frames_at = seconds

@@ -12,6 +12,9 @@ from pydantic import Field
 
 from distml.spec.base import Block, Count, Fraction, Positive, Share, TaskBlock
 
+STDLIB = "stdlib"
+TOKENS_FORMAT: Literal["distml-tokens"] = "distml-tokens"  # as `distml tokenize` writes it into meta.json
+
 
 # ----------------------------------------------------------------------------------------------------------------- text
 class CorpusSpec(Block):
@@ -20,7 +23,7 @@ class CorpusSpec(Block):
     shorthand: ClassVar[str | None] = "path"
 
     path: str = Field(
-        "stdlib", min_length=1,
+        STDLIB, min_length=1,
         description="stdlib: the installed Python's own source; else a text file (documents end at blank lines), a "
         "folder of text files, or a folder that `distml tokenize` wrote; relative to the spec",
     )  # fmt: skip
@@ -28,6 +31,9 @@ class CorpusSpec(Block):
     validation: Share = Field(0.05, description="share of the documents held out for eval/...")
     test: Share = Field(0.05, description="share of the documents held out for test/...")
     max_bytes: Count | None = Field(None, description="documents are left out beyond this; null: all of them")
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, description="of the tokens; a run writes it down, and whoever finds other tokens refuses to train"
+    )
 
 
 class BytesSpec(Block):

@@ -15,6 +15,7 @@ from distml.errors import UsageError
 from distml.spec.base import Block
 from distml.spec.blocks import expand
 from distml.spec.jobs import find_job
+from distml.spec.language_rules import complete_text
 from distml.spec.messages import Problem, describe, near, problems_of, shorten
 from distml.spec.overrides import apply_overrides
 from distml.spec.own_task import find_own, find_own_task, own_names
@@ -131,6 +132,8 @@ def _checked_train(job: JobSpec, directory: Path, document: Document) -> JobSpec
     for path_to_name, name in own_names(job.task):
         find_own(name, directory, document.where(path_to_name))
     job, problems = complete(job, "batch_size" in document.data)
+    job, missing = complete_text(job, directory, document.data["task"])
+    problems += missing
     problems += check_rules(job, needs)
     if problems:
         raise first_error(problems, document)

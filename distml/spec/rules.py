@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from distml.spec.base import StrategyBlock
+from distml.spec.language_rules import TextTaskSpecs, check_text, task_tokens
 from distml.spec.matrix import refusal
 from distml.spec.messages import Problem
 from distml.spec.rl import ActingBlock
@@ -49,6 +50,8 @@ def check_rules(job: JobSpec, own_needs: frozenset[str] | None = None) -> Iterat
         yield from check_acting(job, job.task)
     if isinstance(job.task, BanditSpec):
         yield from check_bandit(job, job.task)
+    if isinstance(job.task, TextTaskSpecs):
+        yield from check_text(job.task)
 
 
 def _strategy(job: JobSpec) -> Iterator[Problem]:
@@ -163,10 +166,10 @@ def _schedule(job: JobSpec, schedule: ScheduleSpec) -> Iterator[Problem]:
     here, stop = ("optimizer", "schedule"), job.stop
     ramp = schedule.name in ("linear", "cosine")
     by_frames = stop.frames is not None and job.task.uses_per_frame is not None
-    if ramp and schedule.steps is None and not (stop.steps or stop.examples or stop.epochs or by_frames):
+    if ramp and schedule.steps is None and not (stop.steps or stop.examples or stop.epochs or stop.tokens or by_frames):
         yield Problem(
             f"schedule {schedule.name} must know where it ends; set optimizer.schedule.steps, "
-            "or one of stop.steps, stop.examples, stop.epochs",
+            "or one of stop.steps, stop.examples, stop.epochs, stop.tokens",
             ((*here, "name"),),
         )
     if schedule.name == "step" and schedule.every is None:
@@ -192,8 +195,14 @@ def _schedule(job: JobSpec, schedule: ScheduleSpec) -> Iterator[Problem]:
 
 def _stop(job: JobSpec) -> Iterator[Problem]:
     stop = job.stop
-    if not (stop.steps or stop.examples or stop.epochs or stop.frames or stop.seconds):
-        yield Problem("stop has no budget; set one of steps, examples, epochs, frames, seconds", (("stop",),))
+    if not (stop.steps or stop.examples or stop.epochs or stop.frames or stop.tokens or stop.seconds):
+        yield Problem("stop has no budget; set one of steps, examples, epochs, frames, tokens, seconds", (("stop",),))
+    if stop.tokens is not None and task_tokens(job.task) is None:
+        yield Problem(
+            f"stop.tokens counts a language model's tokens, and task {job.task.name} has none; "
+            "set one of steps, examples, epochs, seconds",
+            (("stop", "tokens"),),
+        )
     if stop.frames is not None and not (isinstance(job.task, OwnTaskSpec) or job.task.counts_frames):
         yield Problem(
             f"stop.frames counts environment steps, and task {job.task.name} takes none; "

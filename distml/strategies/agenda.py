@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distml.spec.language_rules import task_tokens
 from distml.spec.schema import JobSpec
 
 SNAPSHOT_EVERY = 10
@@ -57,7 +58,11 @@ class Agenda:
         self.job, self.snapshot_every = job, snapshot_every
         stop = job.stop
         epochs = math.ceil(stop.epochs * dataset_size) if stop.epochs and dataset_size else None
-        self.max_examples = min((n for n in (stop.examples, epochs) if n is not None), default=None)
+        per_example = task_tokens(job.task)
+        tokens = math.ceil(stop.tokens / per_example) if stop.tokens and per_example else None
+        limits = {"examples": stop.examples, "epochs": epochs, "tokens": tokens}
+        self.example_limits = {name: limit for name, limit in limits.items() if limit is not None}
+        self.max_examples = min(self.example_limits.values(), default=None)
         examples_per_step = job.batch_size / updates_per_round
         by_examples = math.ceil(self.max_examples / examples_per_step) if self.max_examples else None
         uses = job.task.uses_per_frame
@@ -72,7 +77,7 @@ class Agenda:
         if self.max_steps is not None and spent.version >= self.max_steps:
             return "steps"
         if self.max_examples is not None and spent.examples >= self.max_examples:
-            return "epochs" if self.job.stop.examples is None else "examples"
+            return min(self.example_limits, key=self.example_limits.__getitem__)
         if self.max_frames is not None and spent.frames >= self.max_frames:
             return "frames"
         if self.job.stop.seconds is not None and spent.seconds >= self.job.stop.seconds:

@@ -8,7 +8,7 @@ Shapes: B examples of a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
@@ -78,7 +78,7 @@ class Part:
         count: how many parts there are.
         seed: this consumer's own seed.
         split: `train`, `validation` or `test`.
-        batch_size: examples of this part in one batch.
+        batch_size: examples of this part in one batch; 0: not said.
     """
 
     index: int
@@ -95,7 +95,23 @@ class Part:
             raise ValueError("part.data() needs the task's own data(split)")
         total = length(self.dataset)
         start, stop = total * self.index // self.count, total * (self.index + 1) // self.count
-        return to_device(take(self.dataset, torch.arange(start, stop)), self.device)
+        return to_device(take(self.dataset, torch.arange(start, stop), start), self.device)
+
+    def batches(self) -> Iterator[Batch]:
+        """What `data` gives, in batches of at most `batch_size` rows (0: in one).
+
+        There are as many of them in every part, the last of some parts empty: where the weights are cut over the
+        workers, each use of the model is a collective.
+        """
+        if self.dataset is None:
+            raise ValueError("part.batches() needs the task's own data(split)")
+        total = length(self.dataset)
+        start, stop = total * self.index // self.count, total * (self.index + 1) // self.count
+        longest = -(-total // self.count)
+        size = self.batch_size or longest
+        for first in range(start, start + longest, size):
+            rows = torch.arange(min(first, stop), min(first + size, stop))
+            yield to_device(take(self.dataset, rows, first), self.device)
 
 
 @runtime_checkable
@@ -166,10 +182,13 @@ class Task:
             offer it is refused before anything starts.
         phases: ordered (loss method, parameter pattern). Each phase is one backward and one exchange over the
             parameters that match its pattern; the first phase that matches a parameter owns it.
+        builds_in_pieces: `build_model` draws each parameter in the submodule that owns it, so that submodules can be
+            cut over the workers as they are built.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     phases: ClassVar[tuple[Phase, ...]] = (("loss", "*"),)
+    builds_in_pieces: ClassVar[bool] = False
 
     def build_model(self) -> nn.Module:
         """The model, with the same weights on every rank: it is called under the run's seed."""

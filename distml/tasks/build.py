@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distml.errors import UsageError
 from distml.spec.base import ALL_OFFERS, StrategyBlock
+from distml.spec.language import LanguageModelSpec, MaskedLanguageModelSpec
 from distml.spec.matrix import refusal
 from distml.spec.rl import ActingTaskSpecs, ActorCriticSpec, OnPolicyBlock, PPOSpec, ReinforceSpec, TRPOSpec
 from distml.spec.schema import ClassificationSpec, JobSpec, OwnTaskSpec, RegressionSpec
@@ -31,8 +32,11 @@ ON_POLICY: dict[type[OnPolicyBlock], tuple[str, str]] = {  # imported only when 
 }
 
 
-def build_task(job: JobSpec) -> Task:
+def build_task(job: JobSpec, directory: Path | None = None) -> Task:
     """The task that a job names.
+
+    Args:
+        directory: of a run of this job, where one is looked at: a language model's tokeniser is there.
 
     Raises:
         UsageError: an own task cannot be imported or constructed (one line with the file and line of the cause), or
@@ -47,6 +51,14 @@ def build_task(job: JobSpec) -> Task:
         from distml.tasks.regression import Regression
 
         return Regression(spec.features, spec.rows, spec.noise, split_seed=job.seed)
+    if isinstance(spec, LanguageModelSpec):
+        from distml.tasks.language_model import LanguageModel
+
+        return LanguageModel(spec, job.seed, directory)
+    if isinstance(spec, MaskedLanguageModelSpec):
+        from distml.tasks.masked_language_model import MaskedLanguageModel
+
+        return MaskedLanguageModel(spec, job.seed, directory)
     if isinstance(spec, ActingTaskSpecs):
         module_name, class_name = ON_POLICY[type(spec)]
         acting: type[OnPolicyTask[Any]] = getattr(importlib.import_module(module_name), class_name)

@@ -34,6 +34,18 @@ class SelfSplitting(Protocol):
         ...
 
 
+class Placed(Protocol):
+    """A dataset that gives whole batches at once, and may let them depend on their place in the data order."""
+
+    def __len__(self) -> int:
+        """Examples in it."""
+        ...
+
+    def batch_at(self, indices: Tensor, place: int) -> Batch:
+        """The examples at `indices` (int64 [B]), which have the places from `place` on in the data order."""
+        ...
+
+
 def splits_itself(batch: Batch) -> TypeGuard[SelfSplitting]:
     """Whether a batch is `SelfSplitting`; by one name only, since every step asks (isinstance would take 50 us)."""
     return hasattr(type(batch), "micro_batches")
@@ -71,10 +83,16 @@ def map_tensors(batch: Batch, function: Any) -> Batch:
     return batch
 
 
-def take(dataset: Dataset, indices: Tensor) -> Batch:
-    """The examples at `indices` (int64 [B]) as one batch."""
+def take(dataset: Dataset, indices: Tensor, place: int = 0) -> Batch:
+    """The examples at `indices` (int64 [B]) as one batch.
+
+    Args:
+        place: of the first of them in the data order; of a held-out split, whose order is its own, the first index.
+    """
     if isinstance(dataset, (tuple, list, Mapping, Tensor)):
         return map_tensors(dataset, lambda tensor: tensor[indices])
+    if hasattr(dataset, "batch_at"):
+        return dataset.batch_at(indices, place)
     from torch.utils.data import default_collate
 
     if hasattr(dataset, "__getitems__"):
@@ -161,7 +179,8 @@ class DatasetStream:
         """This worker's slice of the next round's batch."""
         first = self.round * self.batch_size
         self.round += 1
-        return take(self.dataset, self.order.entries(first + self.start, first + self.stop))
+        start, stop = first + self.start, first + self.stop
+        return take(self.dataset, self.order.entries(start, stop), start)
 
     def state(self) -> dict[str, Any]:
         """The position: one integer."""

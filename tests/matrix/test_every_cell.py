@@ -22,11 +22,16 @@ ACTING = {name: {"environment": "CartPole-v1", "envs_per_worker": 2, "evaluation
 ACTING |= {name: {**ACTING["ppo"], "environment": "FrozenLake-v1"} for name in ("q_learning", "sarsa")}
 SETTINGS = {**ACTING, "ppo": {**ACTING["ppo"], "n_steps": 8}, "trpo": {**ACTING["trpo"], "n_steps": 8},
             "bandit": {"runs": 6}}  # fmt: skip
+TEXT = {"data": {"path": "rhymes.txt", "validation": 0.2, "test": 0.2}, "block": 8}
+MODEL = {"layers": 1, "heads": 2, "width": 8}
+SUPERVISED = {"language_model": {**TEXT, "model": {"name": "gpt", **MODEL}},
+              "masked_language_model": {**TEXT, "tokenizer": "bytes", "model": {"name": "bert", **MODEL}}}  # fmt: skip
 
 
 def spec(cell: Cell) -> dict:
     """A small job of a cell; what acts says itself how large its batches are, and two find their steps themselves."""
-    found = spec_of({"name": cell.task, **SETTINGS.get(cell.task, {})}, strategy=cell.strategy.model_dump(),
+    settings = SETTINGS.get(cell.task) or SUPERVISED.get(cell.task, {})
+    found = spec_of({"name": cell.task, **settings}, strategy=cell.strategy.model_dump(),
                     steps=STEPS, log={"every": 1, "to": []}, workers=1 if cell.strategy.label == "single" else 3,
                     optimizer={"name": "sgd", "lr": 1.0 if cell.task in ("trpo", "bandit") else 0.1})  # fmt: skip
     if cell.task in SETTINGS:

@@ -32,7 +32,7 @@ BROKEN = {
         STOP + "batch_size: 9\nmicro_batch_size: 6\nresources: {workers: 2}", "6:1", "micro_batch_size 6 is larger",
     ),
     "no budget": ("stop: {goal: {metric: eval/loss, at_most: 1}}", "4:1", "stop has no budget"),
-    "no budget, nothing": ("stop: {}", "4:1", "stop has no budget; set one of steps, examples, epochs, frames, seconds"),
+    "no budget, nothing": ("stop: {}", "4:1", "stop has no budget; set one of steps, examples, epochs, frames, tokens, seconds"),
     "goal without a bound": ("stop: {steps: 1, goal: {metric: eval/loss}}", "4:18", "neither at_least nor at_most"),
     "goal with two": (
         "stop: {steps: 1, goal: {metric: eval/loss, at_least: 1, at_most: 2}}", "4:18", "both at_least and at_most",

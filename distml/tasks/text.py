@@ -1,0 +1,136 @@
+"""A language model's text, from the spec to rows of tokens. No torch in the opening: the driver does it, too.
+
+    task's block, seed ── open_text ──▶ TokenFolder ── TokenRows ──▶ int64 [B, T]
+
+What a spec describes is tokenised once per machine and kept: $DISTML_CACHE (or ~/.cache/distml)/tokens/KEY, where the
+key follows from the files' names, sizes and times, from the settings and from the seed that deals out the documents.
+
+Shapes: B examples, T tokens of an example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distml.errors import UsageError
+from distml.spec.language import BPESpec, MaskedLanguageModelSpec
+from distml.spec.language_rules import TextTaskSpecs, is_token_folder
+from distml.spec.schema import JobSpec
+from distml.tasks.corpus import SPLITS, File, deal, documents_of, find_files, read
+from distml.tasks.tokenizers import Tokens, make_tokenizer
+from distml.tasks.tokens import TokenFolder, build_once, write_folder
+
+IGNORED = -100  # behind the end of a split; also the target of what is not to be predicted
+WAIT_S = 900.0
+FORMAT = 1  # of what the keys stand for: raised when the same settings come to give other tokens
+
+
+def open_text(task: TextTaskSpecs, seed: int) -> TokenFolder:
+    """The folder of the task's tokens, written now if it is not there.
+
+    Raises:
+        UsageError: the text is missing, too short or not text; or not the one that `data.digest` names.
+    """
+    source = Path(task.data.path)
+    folder = TokenFolder(source if is_token_folder(source) else cached(task, seed))
+    wanted, found = task.data.digest, folder.meta.digest
+    if wanted is not None and wanted != found:
+        raise UsageError(
+            f"the tokens of corpus {task.data.path} are not those that task.data.digest names: text or tokeniser have "
+            f"changed, or differ between hosts ({found[:12]} for {wanted[:12]}); take the old ones, or remove digest"
+        )
+    for name in SPLITS:
+        tokens = folder.meta.splits[name].tokens  # type: ignore[index]
+        if tokens <= task.block:
+            raise UsageError(
+                f"the {name} split of corpus {task.data.path} has {tokens} tokens, a block has {task.block}; "
+                f"lower task.block, add text, or {'lower' if name == 'train' else 'raise'} the held-out shares"
+            )
+    return folder
+
+
+def pinned(job: JobSpec) -> JobSpec:
+    """The job with its text's digest in it, and the text tokenised; a job of another task as it is."""
+    task = job.task
+    if not isinstance(task, TextTaskSpecs):
+        return job
+    data = task.data.model_copy(update={"digest": open_text(task, job.seed).meta.digest})
+    return job.model_copy(update={"task": task.model_copy(update={"data": data})})
+
+
+def cached(task: TextTaskSpecs, seed: int) -> Path:
+    """The folder in the cache, written now if it is not there."""
+    files = find_files(task.data)
+    folder = cache_root() / key_of(task, seed, files)
+    build_once(folder, lambda: tokenize(task, seed, files, folder), WAIT_S)
+    return folder
+
+
+def cache_root() -> Path:
+    """Where tokens are kept."""
+    return Path(os.environ.get("DISTML_CACHE") or Path.home() / ".cache" / "distml") / "tokens"
+
+
+def key_of(task: TextTaskSpecs, seed: int, files: list[File]) -> str:
+    """The name of the folder that holds these files' tokens."""
+    tokenizer = task.tokenizer
+    settings = {
+        "format": FORMAT, "seed": seed, "mask": isinstance(task, MaskedLanguageModelSpec),
+        "data": task.data.model_dump(exclude={"path", "digest"}), "tokenizer": tokenizer.model_dump(),
+        "files": [[file.name, file.size, file.modified] for file in files],
+    }  # fmt: skip
+    if isinstance(tokenizer, BPESpec):
+        settings["library"] = version("tokenizers")
+    elif tokenizer.name == "file":
+        settings["tokenizer"] = hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+
+
+def tokenize(task: TextTaskSpecs, seed: int, files: list[File], folder: Path) -> None:
+    """Cut, deal out and tokenise the files into a folder that is not there yet."""
+    splits = deal(documents_of(files, task.data.max_bytes), task.data, seed)
+    tokenizer = make_tokenizer(task.tokenizer, read(splits["train"]), isinstance(task, MaskedLanguageModelSpec))
+    write_folder(folder, tokenizer, {name: read(documents) for name, documents in splits.items()})
+
+
+class TokenRows:
+    """A split as rows of T consecutive tokens: documents one after the other, every token in exactly one row.
+
+    Args:
+        tokens: of the split.
+        block: T.
+        ahead: further tokens in a row, which are the next row's first; what follows the last token is `IGNORED`.
+        vocabulary: no token may be as large.
+    """
+
+    def __init__(self, tokens: Tokens, block: int, ahead: int, vocabulary: int) -> None:
+        self.tokens, self.block, self.vocabulary = tokens, block, vocabulary
+        self.columns = np.arange(block + ahead)
+        self.count = -(-(len(tokens) - ahead) // block)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def take(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows `indices` (int64 [B]) as int64 [B, T + ahead].
+
+        Raises:
+            ValueError: a token is none: the file is damaged.
+        """
+        places = indices[:, None] * self.block + self.columns
+        last = len(self.tokens) - 1
+        if len(indices) and int(indices.max()) == self.count - 1:
+            rows: NDArray[np.int64] = self.tokens[np.minimum(places, last)].astype(np.int64)
+            rows[places > last] = IGNORED
+        else:
+            rows = self.tokens[places].astype(np.int64)
+        if rows.size and int(rows.max()) >= self.vocabulary:
+            raise ValueError(f"a token file is damaged: it has token {rows.max()} of {self.vocabulary}")
+        return rows
