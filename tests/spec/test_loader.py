@@ -44,14 +44,15 @@ BAD = {
     "infinite": ("optimizer: {name: sgd, lr: .inf}", "5:28", "optimizer.lr must be a finite number, got inf"),
     "overflowing": ("optimizer: {name: sgd, lr: 1e999}", "5:28", "optimizer.lr must be a finite number"),
     "too few entries": ("optimizer: {name: adam, betas: [0.9]}", "5:32", "betas must have at least 2 entries, got 1"),
-    "choice": ("precision: fp8", "5:12", "precision must be one of fp32, bf16, got the string 'fp8'"),
+    "choice": ("precision: fp8", "5:12", "precision must be one of fp32, bf16, fp16, got the string 'fp8'"),
     "near choice": ("transport: object_stor", "5:12", "did you mean 'object_store'?"),
     "entry of a list": ("log: {to: [tensorbord]}", "5:12", "log.to.0 must be 'tensorboard'"),
     "key in a list of blocks": ("optimizer: {name: sgd, groups: [{match: a}, {lr: 1}]}", "5:45", "'match' is missing"),
     "strategy": (
         "strategy: all_redcue",
         "5:11",
-        "unknown strategy 'all_redcue'; did you mean 'all_reduce'? (known: single, all_reduce, parameter_server, local_sgd)",
+        "unknown strategy 'all_redcue'; did you mean 'all_reduce'? (known: single, all_reduce, parameter_server, "
+        "local_sgd, zero)",
     ),
     "strategy in a block": ("strategy: {name: x}", "5:18", "unknown strategy 'x'; known: single, all_reduce"),
     "strategy without a name": ("strategy: {mode: sync}", "5:11", "'name' is missing in strategy; one of single"),
@@ -82,8 +83,8 @@ WHOLE = {
     "unknown task": (
         HEAD + "task: classificatoin\nstop: {steps: 1}\n",
         "3:7",
-        "unknown task 'classificatoin'; did you mean 'classification'? (known: classification, regression, actor_critic, "
-        "reinforce, ppo, trpo, q_learning, sarsa, bandit, module:Class)",
+        "unknown task 'classificatoin'; did you mean 'classification'? (known: classification, regression, language_model, "
+        "masked_language_model, actor_critic, reinforce, ppo, trpo, q_learning, sarsa, bandit, module:Class)",
     ),
     "task in a block": (HEAD + "task: {name: x}\nstop: {steps: 1}\n", "3:14", "unknown task 'x'; known: classification"),
     "task's name a number": (HEAD + "task: {name: 5}\nstop: {steps: 1}\n", "3:14", "task.name must be a string, got 5"),

@@ -7,6 +7,7 @@ from distml.spec.matrix import matrix, refusal, strategy_variants
 
 LABELS = [
     "single", "all_reduce", "parameter_server/sync", "parameter_server/async", "parameter_server/ssp", "local_sgd",
+    "zero/1", "zero/2", "zero/3",
 ]  # fmt: skip
 
 
@@ -14,22 +15,25 @@ def test_every_strategy_stands_in_it_once_per_mode():
     assert [strategy.label for strategy in strategy_variants()] == LABELS
 
 
-ANYWHERE = ("classification", "regression", "actor_critic", "reinforce", "ppo", "q_learning", "sarsa")
+ANYWHERE = ("classification", "regression", "language_model", "masked_language_model")
+ACTING = ("actor_critic", "reinforce", "ppo", "q_learning", "sarsa")
 LAGGING = ("parameter_server/async", "parameter_server/ssp", "local_sgd")
 SYNCHRONOUS_ONLY = {"trpo": "group_mean", "bandit": "one_version"}  # task -> the need that others do not offer
+NOT_OFFERED = {(task, label): need for task, need in SYNCHRONOUS_ONLY.items() for label in LAGGING} | {
+    (task, "zero/3"): "whole_weights" for task in (*ACTING, *SYNCHRONOUS_ONLY)}  # fmt: skip
 
 
 def test_every_task_stands_in_it_with_every_strategy():
     assert {(cell.task, cell.strategy.label) for cell in matrix()} == {
-        (task, label) for task in (*ANYWHERE, *SYNCHRONOUS_ONLY) for label in LABELS
+        (task, label) for task in (*ANYWHERE, *ACTING, *SYNCHRONOUS_ONLY) for label in LABELS
     }
 
 
 def test_what_is_refused_is_refused_for_the_need_that_is_not_offered():
     refused = {(cell.task, cell.strategy.label): cell.reason for cell in matrix() if not cell.trains}
-    assert refused.keys() == {(task, label) for task in SYNCHRONOUS_ONLY for label in LAGGING}
+    assert refused.keys() == NOT_OFFERED.keys()
     for (task, label), reason in refused.items():
-        assert reason.startswith(f"task {task} needs {SYNCHRONOUS_ONLY[task]}, which {label} does not offer; ")
+        assert reason.startswith(f"task {task} needs {NOT_OFFERED[task, label]}, which {label} does not offer; ")
 
 
 def test_a_need_refuses_exactly_where_it_is_not_offered():
@@ -39,7 +43,7 @@ def test_a_need_refuses_exactly_where_it_is_not_offered():
     refused = next(cell for cell in matrix([("mine", ALL_OFFERS)]) if cell.task == "mine" and not cell.trains)
     assert refused.reason == (
         "task mine needs group_mean and one_version, which parameter_server/async does not offer; "
-        "strategies that do: single, all_reduce, parameter_server/sync"
+        "strategies that do: single, all_reduce, parameter_server/sync, zero/1, zero/2"
     )
 
 

@@ -104,7 +104,7 @@ def test_needs_are_held_against_what_the_strategy_offers(tmp_path, fails):
     spec = HEAD + "task: 'mine:A'\nstop: {steps: 1}\nstrategy: {name: parameter_server, mode: async}\n"
     assert fails(spec) == (
         "job.yaml:5:1: task mine:A needs one_version, which parameter_server/async does not offer; "
-        "strategies that do: single, all_reduce, parameter_server/sync"
+        "strategies that do: single, all_reduce, parameter_server/sync, zero/1, zero/2, zero/3"
     )
     (tmp_path / "job.yaml").write_text(spec.replace("async", "sync"))
     assert load_spec(tmp_path / "job.yaml").job.strategy.mode == "sync"
