@@ -304,7 +304,7 @@ def evaluate(
 def export(
     run: RunArgument,
     out: Annotated[Path, typer.Option(help="The directory to write.")],
-    format: Annotated[str, typer.Option(help="safetensors.")] = "safetensors",
+    format: Annotated[str, typer.Option(help="safetensors, or hf for `transformers`.")] = "safetensors",
 ) -> int | None:
     """Write a run's weights in a form that needs no distml."""
     from distml.launch.evaluate import export_command
@@ -330,6 +330,31 @@ def generate(
     code: int | None = generate_command(
         run=run, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, cached=not uncached
     )
+    return code
+
+
+@app.command()
+@_verb
+def tokenize(
+    path: Annotated[str, typer.Argument(help="A text file, a folder of them, or stdlib.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, characters, bpe, or a tokenizer.json.")] = "bpe",
+    vocabulary: Annotated[int | None, typer.Option(help="bpe: tokens to learn.")] = None,
+    mask: Annotated[bool, typer.Option("--mask", help="Reserve the token that masked_language_model needs.")] = False,
+    pattern: Annotated[str | None, typer.Option(help="Of the files in a folder, by relative path.")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of the documents.")] = None,
+    test: Annotated[float | None, typer.Option(help="Share of the documents.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Leave out documents beyond this.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Deals out the documents.")] = 0,
+) -> int | None:
+    """Write text as tokens into a folder that a spec's data can name."""
+    from distml.launch.tokenize import tokenize_command
+
+    data = {"pattern": pattern, "validation": validation, "test": test, "max_bytes": max_bytes}
+    code: int | None = tokenize_command(
+        path=path, tokenizer=tokenizer, vocabulary=vocabulary, mask=mask, out=out, seed=seed,
+        settings={key: value for key, value in data.items() if value is not None},
+    )  # fmt: skip
     return code
 
 

@@ -38,7 +38,7 @@ from distml.tasks.data import mix
 from distml.tasks.sources import SourceTree
 
 PREFIXES = {"train": "train", "validation": "eval", "test": "test"}  # splits, and how their metrics are named
-FORMATS = ("safetensors",)
+FORMATS = ("safetensors", "hf")
 WEIGHTS, METADATA = "model.safetensors", "metadata.json"
 Report = Callable[[str], None]
 
@@ -220,7 +220,7 @@ def evaluate_split(trained: TrainedModel, split: str, model: nn.Module | None = 
     try:
         seed_everything(mix(job.seed, 0, 2) % 2**32)
         dataset = task.data(split) if type(task).data is not Task.data else None
-        part = Part(0, 1, mix(job.seed, 0, 2), split, job.batch_size, dataset=dataset)
+        part = Part(0, 1, mix(job.seed, 0, 2), split, job.rows_at_once, dataset=dataset)
         with torch.no_grad():
             means = task.evaluate(trained.model if model is None else model, part, trained.progress)
     except Exception as error:
@@ -247,16 +247,16 @@ def _threads(count: int) -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------------------------- export
 def export_command(run: Path, format: str, out: Path) -> int:
-    """Write a run's weights as OUT/model.safetensors, with OUT/metadata.json saying whose they are.
+    """Write a run's weights into the new folder OUT, with OUT/metadata.json saying whose they are.
 
-    The file holds the model's whole state dict. It is read back first, compared bit by bit, and evaluated against the
-    run's own model; only then does OUT appear.
+    What is written is read back first and held against the run's own model; only then does OUT appear.
 
     Args:
-        format: `safetensors`.
+        format: `safetensors`: the model's whole state dict; `hf`: a folder that `transformers` loads.
 
     Raises:
-        UsageError: unknown format, `out` is not empty or cannot be written, or see `load_model`.
+        UsageError: unknown format, `out` is not empty or cannot be written, the model has no such form, or see
+            `load_model`.
     """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
@@ -267,18 +267,44 @@ def export_command(run: Path, format: str, out: Path) -> int:
     try:
         with _threads(trained.job.resources.cpus_per_worker):
             partial.mkdir(parents=True)
-            count = write_weights(trained.model, partial / WEIGHTS)
-            scores = verify_export(trained, partial / WEIGHTS)
+            export = export_hf if format == "hf" else export_safetensors
+            scores, lines = export(trained, partial, out)
             (partial / METADATA).write_text(strict_json(finite(metadata(trained, scores)), "metadata"))
             partial.rename(out)
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    shown = "  ".join(f"{name} {number(value)}" for name, value in scores.items())
-    print(f"{out / WEIGHTS}: {count} tensors of step {trained.step}; read back: bit for bit the run's, and as good")
-    print(f"validation, run and export alike: {shown}" if shown else "the task reports no scores to compare")
+    print(*lines, sep="\n")
     return 0
+
+
+def export_safetensors(trained: TrainedModel, partial: Path, out: Path) -> tuple[dict[str, float], list[str]]:
+    """Write and check one file; the validation scores, and what to say when it lies in `out`."""
+    count = write_weights(trained.model, partial / WEIGHTS)
+    scores = verify_export(trained, partial / WEIGHTS)
+    shown = "  ".join(f"{name} {number(value)}" for name, value in scores.items())
+    return scores, [
+        f"{out / WEIGHTS}: {count} tensors of step {trained.step}; read back: bit for bit the run's, and as good",
+        f"validation, run and export alike: {shown}" if shown else "the task reports no scores to compare",
+    ]
+
+
+def export_hf(trained: TrainedModel, partial: Path, out: Path) -> tuple[dict[str, float], list[str]]:
+    """The same for a folder that `transformers` loads; its logits are compared instead of scores."""
+    from distml.launch.hf_export import compare_logits, transformer_of, write_folder
+    from distml.tasks.language_model import TextTask
+
+    tokenizer = trained.task.tokenizer if isinstance(trained.task, TextTask) else None
+    model = transformer_of(trained.model)
+    count = write_folder(model, tokenizer, partial)
+    difference = compare_logits(model, partial)
+    checked = (
+        "not checked against transformers, which is not installed: pip install 'distml[hf]'"
+        if difference is None
+        else f"loaded with transformers: the run's logits, within {difference:.1g}"
+    )
+    return {}, [f"{out}: {count} tensors of step {trained.step}", checked]
 
 
 def write_weights(model: nn.Module, path: Path) -> int:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from distml.errors import ExitCode, RunError, UsageError
 from distml.inject import Injection
+from distml.launch import hf
 from distml.runs.checkpoints import CheckpointStore, resolve_source
 from distml.runs.directory import Result as ResultRecord
 from distml.runs.directory import RunDirectory
@@ -334,7 +335,7 @@ def make_group(
             )
         from distml.runtime.inline import InlineRuntime
 
-        return InlineRuntime(loaded.job, sources, inject)
+        return InlineRuntime(loaded.job, sources, inject, directory)
     from distml.runtime.authentication import prepare_authentication
 
     prepare_authentication(address)
@@ -344,9 +345,12 @@ def make_group(
 
 
 def start_weights(job: JobSpec) -> dict[str, Any] | None:
-    """The tensors that `init.from` names."""
+    """The tensors that `init.from` names: a run's, a file's or a folder's that `transformers` saved."""
     if job.init is None or job.init.source is None:
         return None
+    folder = Path(job.init.source).expanduser()
+    if hf.is_hf(folder):
+        return hf.start_weights(folder, job)
     return resolve_source(job.init.source)
 
 

@@ -271,7 +271,11 @@ OptimizerSpec = Annotated[SGDSpec | AdamSpec | AdamWSpec | RMSpropSpec, Field(di
 class InitSpec(Block):
     """Start weights (not a resume)."""
 
-    source: str | None = Field(None, alias="from", description="a run directory, a checkpoint or a .safetensors file")
+    source: str | None = Field(
+        None, alias="from",
+        description="a run directory, a checkpoint, a .safetensors file, or a folder of a GPT-2, Llama or BERT that "
+        "`transformers` saved",
+    )  # fmt: skip
     only: list[str] = Field(["*"], description="patterns of the tensors that are taken")
     freeze: list[str] = Field([], description="patterns of the parameters that are never trained")
 
@@ -374,3 +378,8 @@ class JobSpec(Block):
         "or object_store for parameter_server",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @property
+    def rows_at_once(self) -> int:
+        """Examples of a worker's largest micro-batch: so many its memory has room for."""
+        return self.micro_batch_size or -(-self.batch_size // self.resources.workers)
