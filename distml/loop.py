@@ -8,7 +8,6 @@ and waits only inside `strategy.exchange`; when a peer is gone that wait ends wi
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import time
@@ -235,8 +234,7 @@ class Trainer:
         try:
             dataset = self._dataset(split) if type(self.task).data is not Task.data else None
             seed_everything(seed)
-            size = self.job.micro_batch_size or math.ceil(self.job.batch_size / self.world_size)
-            part = Part(index, count, seed, split, size, dataset, self.device)
+            part = Part(index, count, seed, split, self.job.rows_at_once, dataset, self.device)
             with torch.no_grad():
                 means = self.task.evaluate(self.model, part, self.strategy.progress)
         finally:

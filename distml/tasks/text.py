@@ -10,6 +10,7 @@ Shapes: B examples, T tokens of an example.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -21,13 +22,14 @@ from numpy.typing import NDArray
 
 from distml.errors import UsageError
 from distml.spec.language import BPESpec, MaskedLanguageModelSpec
-from distml.spec.language_rules import TextTaskSpecs, is_token_folder
-from distml.spec.schema import JobSpec
+from distml.spec.language_rules import RUN_TOKENIZER, TextTaskSpecs, is_token_folder
+from distml.spec.schema import InitSpec, JobSpec
 from distml.tasks.corpus import SPLITS, File, deal, documents_of, find_files, read
-from distml.tasks.tokenizers import Tokens, make_tokenizer
+from distml.tasks.tokenizers import Tokens, make_tokenizer, read_tokenizer
 from distml.tasks.tokens import TokenFolder, build_once, write_folder
 
 IGNORED = -100  # behind the end of a split; also the target of what is not to be predicted
+EMBEDDING = "tokens.weight"  # of GPT and BERT: a row for each token
 WAIT_S = 900.0
 FORMAT = 1  # of what the keys stand for: raised when the same settings come to give other tokens
 
@@ -46,6 +48,9 @@ def open_text(task: TextTaskSpecs, seed: int) -> TokenFolder:
             f"the tokens of corpus {task.data.path} are not those that task.data.digest names: text or tokeniser have "
             f"changed, or differ between hosts ({found[:12]} for {wanted[:12]}); take the old ones, or remove digest"
         )
+    if isinstance(task, MaskedLanguageModelSpec) and folder.meta.mask is None:
+        raise UsageError(f"{folder.path} was tokenised without a token for masked ones, which task {task.name} needs; "
+                         "write it anew with `distml tokenize --mask`")  # fmt: skip
     for name in SPLITS:
         tokens = folder.meta.splits[name].tokens  # type: ignore[index]
         if tokens <= task.block:
@@ -57,12 +62,41 @@ def open_text(task: TextTaskSpecs, seed: int) -> TokenFolder:
 
 
 def pinned(job: JobSpec) -> JobSpec:
-    """The job with its text's digest in it, and the text tokenised; a job of another task as it is."""
+    """The job with its text's digest in it, and the text tokenised; a job of another task as it is.
+
+    Raises:
+        UsageError: see `open_text`; or `init` names a run whose tokens are others.
+    """
     task = job.task
     if not isinstance(task, TextTaskSpecs):
         return job
-    data = task.data.model_copy(update={"digest": open_text(task, job.seed).meta.digest})
+    text = open_text(task, job.seed)
+    if job.init is not None and job.init.source is not None:
+        check_source(job.init, job.init.source, text)
+    data = task.data.model_copy(update={"digest": text.meta.digest})
     return job.model_copy(update={"task": task.model_copy(update={"data": data})})
+
+
+def check_source(init: InitSpec, source: str, text: TokenFolder) -> None:
+    """Refuse an embedding whose rows stand for other tokens, which training would not show.
+
+    Args:
+        source: `init.from`. In a run directory, to which a checkpoint leads too, lies the tokeniser of its model.
+
+    Raises:
+        UsageError: it is another than the text's.
+    """
+    place = Path(source).absolute()
+    kept = next((folder / RUN_TOKENIZER for folder in (place, *place.parents[:2]) if
+                 (folder / RUN_TOKENIZER).is_file()), None)  # fmt: skip
+    if kept is None or not any(fnmatch.fnmatchcase(EMBEDDING, pattern) for pattern in init.only):
+        return
+    if hashlib.sha256(kept.read_bytes()).hexdigest() != text.meta.tokenizer:
+        raise UsageError(
+            f"init.from {source} has another tokeniser ({read_tokenizer(kept).vocabulary} tokens) than this job "
+            f"({text.meta.vocabulary} tokens), so that its embedding stands for other tokens; "
+            f"set task.tokenizer: {{name: file, path: {kept}}}, or leave {EMBEDDING} out of init.only"
+        )
 
 
 def cached(task: TextTaskSpecs, seed: int) -> Path:
