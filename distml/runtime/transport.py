@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from distml.errors import UsageError
 from distml.spec.schema import JobSpec, ParameterServerSpec
+from distml.spec.zero import ZeroSpec
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def choose(job: JobSpec, nodes: Sequence[str]) -> Transport:
     if job.strategy.name == "single" or (len(nodes) == 1 and wire_of(job) == "process_group"):
         return Transport("none", "one worker", hosts)
     against = why_not_shared(job, hosts)
+    if isinstance(job.strategy, ZeroSpec):
+        return Transport("process_group", f"{details(job, 'process_group')}: DeepSpeed's", hosts)
     if job.transport == "shared_memory" and against is not None:
         raise UsageError(f"transport shared_memory: {against}; set transport to {wire_of(job)} or auto")
     if job.transport not in ("auto", "shared_memory") or against is not None:

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from distml.errors import UsageError
 from distml.exchange.channel import Channel, Group
-from distml.exchange.flat import Carried, from_numpy, to_numpy
+from distml.exchange.flat import FRAMES, ROWS, VOTE, Carried, from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
 from distml.spec.schema import JobSpec
-from distml.strategies.agenda import Agenda, Spent
+from distml.strategies.agenda import Agenda, Spent, crossed
 from distml.strategies.optimizer import schedule_factor
 from distml.tasks.base import Loss, Mean, Progress, Task, as_loss
 from distml.tasks.data import Batch, num_rows
@@ -254,6 +254,13 @@ class Strategy(ABC):
         """What the run has used up at this version."""
         return Spent(self.progress.version, self.progress.examples, self.progress.frames)
 
+    def _end_step(self, tail: list[float]) -> None:
+        """A synchronous step is done: the next version, by the sum of what travelled with all workers' gradients."""
+        done = self.progress
+        spent = Spent(done.version + 1, done.examples + round(tail[ROWS]), done.frames + round(tail[FRAMES]))
+        finished = self.agenda.spent(spent) or self.verdict(tail[VOTE])
+        self._advance(spent, finished, self.agenda.duties(spent.version, finished))
+
     def _advance(self, spent: Spent, finished: str | None, duties: tuple[str, ...]) -> None:
         fraction = self.agenda.fraction(Spent(spent.version, spent.examples, spent.frames, self.train_seconds))
         self.progress = Progress(spent.version, spent.examples, spent.frames, fraction)
@@ -271,6 +278,10 @@ class Strategy(ABC):
     def verdict(votes: float) -> str | None:
         """Why the run is over by the sum of all workers' votes, the same on every worker; or None."""
         return "requested" if votes >= REQUESTED else "seconds" if votes > 0 else None
+
+    def _needs_norm(self, version: int, last: bool) -> bool:
+        """Whether the mean gradient's norm is needed: to clip it, or for the report."""
+        return self.job.optimizer.clip_norm is not None or (last and crossed(version, version + 1, self.job.log.every))
 
     def learning_rate(self) -> float:
         """Of parameter group 0, for the next update."""
@@ -349,6 +360,9 @@ class Strategy(ABC):
 
     def leave(self) -> None:  # noqa: B027
         """The run is over for this worker: nobody waits for it."""
+
+    def close(self) -> None:  # noqa: B027
+        """Give back what belongs to the whole process, where another run may follow in it."""
 
     # ----------------------------------------------------------------------------------------------------------- state
     def shared_state(self) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import torch
 
 from distml.exchange.compression.build import compression_of
 from distml.spec.schema import AllReduceSpec, JobSpec, LocalSGDSpec, ParameterServerSpec
+from distml.spec.zero import ZeroSpec
 from distml.strategies.base import Strategy
 
 
@@ -33,6 +34,10 @@ def build_strategy(
         from distml.strategies.local_sgd import LocalSGD
 
         return LocalSGD(job, rank, world_size, device, snapshot_every)
+    if isinstance(job.strategy, ZeroSpec):
+        from distml.strategies.zero import Zero
+
+        return Zero(job, rank, world_size, device)  # never goes back to a snapshot: its state is not in one place
     from distml.strategies.single import Single
 
     return Single(job, rank, world_size, device, snapshot_every)

@@ -58,6 +58,14 @@ def applied_optimizer(job: JobSpec) -> OptimizerSpec:
     return spec.model_copy(update=changes)
 
 
+def group_values(spec: OptimizerSpec, group: int, version: int, budget: int | None) -> dict[str, float]:
+    """The live learning rate and weight decay of a group at `version`; group k + 1 is the spec's k-th."""
+    own = spec.groups[group - 1] if group else None
+    lr = spec.lr if own is None or own.lr is None else own.lr
+    decay = spec.weight_decay if own is None or own.weight_decay is None else own.weight_decay
+    return {"lr": lr * schedule_factor(spec.schedule, version, budget), "weight_decay": decay}
+
+
 class FlatOptimizer:
     """Updates elements [start, stop) of the flat vector.
 
@@ -82,11 +90,8 @@ class FlatOptimizer:
 
     def hyperparameters(self, group: int, version: int, lr_factor: float = 1.0) -> dict[str, float]:
         """The live learning rate and weight decay of a group at `version`."""
-        own = self.spec.groups[group - 1] if group else None
-        lr = self.spec.lr if own is None or own.lr is None else own.lr
-        decay = self.spec.weight_decay if own is None or own.weight_decay is None else own.weight_decay
-        lr *= schedule_factor(self.spec.schedule, version, self.budget) * lr_factor
-        return {"lr": lr, "weight_decay": decay}
+        values = group_values(self.spec, group, version, self.budget)
+        return {**values, "lr": values["lr"] * lr_factor}
 
     def update(self, weights: Tensor, gradients: Tensor, phase: int, version: int, lr_factor: float = 1.0) -> None:
         """One update in place.

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from distml.exchange.channel import Channel, Group
-from distml.exchange.flat import COUNT, FRAMES, ROWS, TAIL, VOTE, from_numpy, to_numpy
+from distml.exchange.flat import COUNT, TAIL, from_numpy, to_numpy
 from distml.exchange.segment import Regions
 from distml.exchange.shared_memory import SharedMemoryGroup
-from distml.strategies.agenda import Spent, crossed
 from distml.strategies.in_place import InPlaceUpdate, sync_regions
 from distml.strategies.optimizer import FlatOptimizer, applied_optimizer, block_square_norms, clip_scale
 from distml.strategies.replica import Replica
@@ -86,14 +85,7 @@ class Single(Replica):
             self._apply(message[:-TAIL], tail[COUNT], phase, last)
         self.meter.bytes_sent += self.group.bytes_sent - before
         if last:
-            done = self.progress
-            spent = Spent(done.version + 1, done.examples + round(tail[ROWS]), done.frames + round(tail[FRAMES]))
-            finished = self.agenda.spent(spent) or self.verdict(tail[VOTE])
-            self._advance(spent, finished, self.agenda.duties(spent.version, finished))
-
-    def _needs_norm(self, version: int, last: bool) -> bool:
-        """Whether the mean gradient's norm is needed: to clip it, or for the report."""
-        return self.job.optimizer.clip_norm is not None or (last and crossed(version, version + 1, self.job.log.every))
+            self._end_step(tail)
 
     def _apply(self, gradients: Tensor, count: float, phase: int, last: bool) -> None:
         """Update one phase's weights by a sum over `count`: mean, clip, optimiser."""

@@ -1,0 +1,282 @@
+"""DeepSpeed's engine (Rajbhandari et al. 2020, ZeRO) around one module whose forward is the task's loss.
+
+Dataflow of a step, in each of its micro-batches:
+
+    forward     the loss; under stage 3 the model's weights are gathered, submodule by submodule, and dropped again
+    backward    gradients of loss x W / K; DeepSpeed adds them up over ranks, divides by W and keeps each rank's part
+    step        gradients / (count / K), their norm, clipping, the optimiser on each rank's part, weights to everyone
+
+K is a nominal count, the same on all ranks; `count` is what the step's gradients of all ranks are really a sum over,
+which is only known when all micro-batches are done. So `SumScaler` stands in the place of DeepSpeed's loss scaler:
+what the loss is multiplied by and what the gradients are divided by differ, and the update is the sum of all gradients
+divided by the sum of all counts.
+
+Everything of DeepSpeed that is not its documented interface is used in this file only.
+
+Shapes: W ranks; a rank's part of a parameter is a range of its flattened elements, 1-D.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distml.exchange.process_group import LOOPBACK, ProcessGroup, open_rendezvous
+
+LOST = re.compile(r"gloo/|NCCL|Connection (closed|reset)|Broken pipe|Socket Timeout", re.IGNORECASE)
+
+
+def library(device: torch.device) -> Any:
+    """The package, told where it runs; without the compiler that it would look for, and without its lines."""
+    os.environ["DS_ACCELERATOR"] = "cpu" if device.type == "cpu" else device.type
+    import deepspeed
+
+    # A kernel for inference, which DeepSpeed would otherwise compile at every first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # older names of what it calls
+    return deepspeed
+
+
+def join(group: ProcessGroup | None, device: torch.device, timeout_s: float) -> ProcessGroup:
+    """The group that DeepSpeed is to use: this one, which is torch's default group already; or one of a single rank."""
+    if group is None:
+        listener = open_rendezvous(LOOPBACK)
+        group = ProcessGroup(0, 1, LOOPBACK, listener.getsockname()[1], listener, device, timeout_s)
+    os.environ |= {"RANK": str(group.rank), "WORLD_SIZE": str(group.size), "LOCAL_RANK": "0"}
+    return group
+
+
+def leave(group: ProcessGroup) -> None:
+    """Close the group, and let DeepSpeed forget it: another may be opened in this process."""
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    group.close()
+    groups._release_process_group_references(group=None)
+    comm.cdb = None
+
+
+def cut_when_built(device: torch.device, config: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Inside, a module's parameters are cut over the ranks as soon as it is constructed (stage 3)."""
+    init: contextlib.AbstractContextManager[Any] = library(device).zero.Init(config_dict_or_path=config)
+    return init
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error is that of a connection, not of whoever computes."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(LOST.search(str(error))))
+
+
+class SumScaler:
+    """In the place of DeepSpeed's loss scaler, which goes on choosing fp16's dynamic scale.
+
+    Args:
+        inner: DeepSpeed's own.
+        world_size: W.
+        nominal: K.
+    """
+
+    def __init__(self, inner: Any, world_size: int, nominal: float) -> None:
+        self.inner, self.world_size, self.nominal = inner, world_size, nominal
+        self.dynamic = inner.dynamic
+        self.cur_scale = 1.0  # what a step divides by
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """What backward begins with. Always a new tensor: DeepSpeed tells it from the loss by that."""
+        scale: float = self.inner.cur_scale * self.world_size / self.nominal
+        return loss * scale
+
+    def expect(self, count: float) -> None:
+        """The gradients of this step are a sum over so many; over nothing, they are zero."""
+        self.cur_scale = self.inner.cur_scale * (count / self.nominal if count else 1.0)
+
+    def update_scale(self, overflow: bool) -> None:
+        """After a step's gradients have been looked at. What this step divides by stays as it is."""
+        self.inner.update_scale(overflow)
+
+    def state(self) -> dict[str, Any]:
+        """JSON values; nothing where no scale is chosen."""
+        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {name: getattr(self.inner, name) for name in names} if self.dynamic else {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        for name, value in state.items() if self.dynamic else ():
+            setattr(self.inner, name, value)
+
+
+class _Total(nn.Module):
+    """The wrapped module. What backward begins with comes first and by itself: DeepSpeed looks into no dataclass."""
+
+    def __init__(self, loss: Callable[..., Any], model: nn.Module) -> None:
+        super().__init__()
+        self.loss, self.model = loss, model
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, Any]:
+        loss = self.loss(*arguments)
+        return loss.total, loss
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of one trained parameter.
+
+    Attributes:
+        index: of the parameter.
+        start: its first element in the flattened parameter.
+        weights: float32.
+        state: the optimiser's vectors for these elements, by torch's names; empty before the first step.
+    """
+
+    index: int
+    start: int
+    weights: Tensor
+    state: dict[str, Tensor]
+
+
+class ShardedEngine:
+    """A loss whose model is under DeepSpeed; called like it.
+
+    Args:
+        loss: gives a dataclass with the loss of arguments, `total`. A function, not a module.
+        model: what it computes with.
+        parameters: the trained ones, in whatever order the caller numbers them.
+        optimizer: over them, in groups.
+        config: DeepSpeed's.
+        group: of all ranks, torch's default group.
+        nominal: about what a step's gradients are a sum over.
+    """
+
+    def __init__(
+        self, loss: Callable[..., Any], model: nn.Module, parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer, config: dict[str, Any], group: ProcessGroup, nominal: float,
+    ) -> None:  # fmt: skip
+        self.group, self.parameters = group, list(parameters)
+        self.index = {id(parameter): index for index, parameter in enumerate(self.parameters)}
+        whole, deepspeed = _Total(loss, model), library(parameters[0].device)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=config)
+        self.scaler = SumScaler(self.optimizer.loss_scaler, group.size, nominal)
+        self.optimizer.loss_scaler = self.scaler
+        self.cuts_weights = bool(self.engine.zero_optimization_partition_weights())
+
+    # ------------------------------------------------------------------------------------------------------- one step
+    def __call__(self, last: bool, *arguments: Any) -> Any:
+        """The loss of a micro-batch; `last` of its step."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        with self._peers("forward"):
+            total, loss = self.engine(*arguments)
+        return dataclasses.replace(loss, total=total)
+
+    def backward(self, total: Tensor) -> None:
+        """Add the gradients of this sum to those of the step."""
+        with self._peers("backward"), torch.enable_grad():
+            self.engine.backward(total, scale_wrt_gas=False)
+
+    def step(self, count: float) -> bool:
+        """Update by the step's gradients, a sum over `count`; False: they overflowed, and nothing was updated."""
+        self.scaler.expect(count)
+        with self._peers("step"):
+            self.engine.step()
+        if self.cuts_weights:  # DeepSpeed leaves the gradients of parameters that the next step may not use
+            self.optimizer.grad_partitions_flat_buffer.zero_()
+        return not self.optimizer.overflow
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups, whose settings the next step takes."""
+        groups: list[dict[str, Any]] = self.optimizer.optimizer.param_groups
+        return groups
+
+    def grad_norm(self) -> float:
+        """Of the last step's mean gradient, before clipping."""
+        return float(self.engine.get_global_grad_norm())
+
+    @contextlib.contextmanager
+    def _peers(self, operation: str) -> Iterator[None]:
+        """Inside, an error of a connection becomes `PeerLost`, and closes this rank's so that others hear of it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise self.group.lost(operation, error) from error
+
+    # ----------------------------------------------------------------------------------------------------------- state
+    def parts(self) -> Iterator[Part]:
+        """This rank's part of each parameter that it has one of. Views: what is written into them is the state."""
+        yield from self._parts_of_weights() if self.cuts_weights else self._parts_of_groups()
+
+    def _parts_of_groups(self) -> Iterator[Part]:
+        """Stages 1 and 2 lay a group's parameters end to end, and cut that into W."""
+        zero = self.optimizer
+        for group, flat in enumerate(zero.single_partition_of_fp32_groups):
+            size = int(zero.partition_size[group])
+            first = self.group.rank * size
+            state = vectors(zero.optimizer.state.get(flat, {}), flat)
+            offsets = zero.round_robin_bit16_offsets[group]
+            for parameter, offset in zip(zero.round_robin_bit16_groups[group], offsets, strict=True):
+                start, stop = max(first, offset), min(first + size, offset + parameter.numel())
+                if start < stop:
+                    own = slice(start - first, stop - first)
+                    yield self._part(parameter, start - offset, flat, state, own)
+
+    def _parts_of_weights(self) -> Iterator[Part]:
+        """Stage 3 cuts each parameter into W, the last of them padded."""
+        zero = self.optimizer
+        for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+            state, offset = vectors(zero.optimizer.state.get(flat, {}), flat), 0
+            for parameter in group:
+                size = int(parameter.partition_numel())
+                start = self.group.rank * size
+                length = min(size, parameter.ds_numel - start)
+                if length > 0:
+                    yield self._part(parameter, start, flat, state, slice(offset, offset + length))
+                offset += size
+
+    def _part(
+        self, parameter: nn.Parameter, start: int, flat: Tensor, state: dict[str, Tensor], own: slice
+    ) -> Part:  # fmt: skip
+        named = {name: vector[own] for name, vector in state.items()}
+        return Part(self.index[id(parameter)], start, flat.detach()[own], named)
+
+    def create_state(self, create: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        """Give the optimiser a state before its first step: for each vector of weights, what `create` returns."""
+        zero = self.optimizer
+        flats = zero.fp32_partitioned_groups_flat if self.cuts_weights else zero.single_partition_of_fp32_groups
+        for flat in flats:
+            zero.optimizer.state[flat] = create(flat)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """The weights that are computed with follow those in `parts`. A collective."""
+        zero = self.optimizer
+        with self._peers("gathering the weights"):
+            if not self.cuts_weights:
+                zero.update_lp_params()
+                return
+            zero._partition_all_parameters()
+            for index in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(index)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the module."""
+        self.engine.destroy()
+
+
+def vectors(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+    """Those of an optimiser's values for a tensor that have an element for each of its own."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.shape == like.shape}
