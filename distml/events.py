@@ -50,6 +50,19 @@ class Evaluated:
 
 
 @dataclass
+class WrittenPart:
+    """A rank's part of the state, which it has written to disk itself.
+
+    Attributes:
+        folder: of all ranks' parts of this version.
+        files: its own files' entries in the checkpoint's manifest.
+    """
+
+    folder: str
+    files: dict[str, dict[str, Any]]
+
+
+@dataclass
 class Snapshot:
     """This worker's state at `version`.
 
@@ -61,6 +74,7 @@ class Snapshot:
         checkpoint: it is to be written, not only kept for recovery.
         last: the run ends at this version.
         evaluated: an evaluation of the same version follows, which may make it worth writing.
+        part: where ranks keep parts of the state: that of this rank; the shared half is then the clock alone.
     """
 
     rank: int
@@ -71,6 +85,7 @@ class Snapshot:
     checkpoint: bool
     evaluated: bool
     last: bool
+    part: WrittenPart | None = None
 
 
 @dataclass

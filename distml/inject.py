@@ -5,7 +5,8 @@ stop:rank=R,step=S      SIGSTOP it: it lives but no longer answers
 nan:rank=R,step=S       its loss is NaN at that step
 slow:rank=R,step=S      from that step on it sleeps 50 ms per step
 
-`kill` and `stop` take a further `,at=STAGE`: not between two steps but in the midst of an exchange in shared memory.
+`kill` and `stop` take a further `,at=STAGE`: not between two steps but in the midst of an exchange in shared memory, or
+of writing a part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ STAGES = (
     "update",  # the next version is in part written
     "publish",  # it is written, and nobody knows of it
     "answer",  # the others can read it, this worker does not yet
+    "save",  # of its part of a checkpoint there is a file without its values
 )
 SLOW_S = 0.05
 

@@ -1,18 +1,22 @@
 """The worker's loop: one text for every task, every strategy and both runtimes.
 
-`Trainer.advance` is the file's heart: a generator that trains and yields `Event`s. Between two of them its state can
-be taken or replaced, in two halves: *shared* (weights, moments, version) and *own* (stream position, random states,
-sums since the last report). It consumes a task's batches and a strategy's exchange, produces events for the driver,
-and waits only inside `strategy.exchange`; when a peer is gone that wait ends with `PeerLost`, and the runtime decides.
+`Trainer.advance` is the file's heart: a generator that trains and yields `Event`s. Between two of them its state can be
+taken or replaced, in two halves: *shared* (weights, moments, version) and *own* (stream position, random states, sums
+since the last report). Where each rank keeps a part of weights and moments, it writes and reads that on the disk
+itself, and the shared half is what all know: the clock, and the folder. It consumes a task's batches and a strategy's
+exchange, produces events for the driver, and waits only inside `strategy.exchange`; when a peer is gone that wait ends
+with `PeerLost`, and the runtime decides.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +24,13 @@ import torch
 from torch import nn
 
 from distml.errors import UsageError
-from distml.events import Evaluated, Event, Failed, Finished, FirstUpdate, Report, Snapshot
+from distml.events import Evaluated, Event, Failed, Finished, FirstUpdate, Report, Snapshot, WrittenPart
 from distml.exchange.channel import Channel, Group
 from distml.exchange.flat import from_numpy, to_numpy
 from distml.exchange.layout import Array
 from distml.inject import Injector
+from distml.runs.checkpoints import ranks_folder_name
+from distml.runs.parts import MODEL, PartReader, Piece, write_part
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import crossed
 from distml.strategies.base import Meter, seed_everything
@@ -73,6 +79,7 @@ class Trainer:
         self.datasets: dict[str, Dataset] = {}
         self.has_updated = False
         self.speaks = False  # whether this worker's evaluations and shared state are the ones that count
+        self.parts_in: tuple[Path, str] | None = None
 
     @property
     def activity(self) -> str:
@@ -124,6 +131,15 @@ class Trainer:
             seed_everything(self.job.seed)
             self.datasets[split] = self.task.data(split)
         return self.datasets[split]
+
+    def save_parts_in(self, checkpoints: Path, token: str) -> None:
+        """Where this rank writes its part of the state, if its strategy keeps parts.
+
+        Args:
+            checkpoints: the run's folder of them, which all ranks and the driver see.
+            token: of all ranks that were started together.
+        """
+        self.parts_in = checkpoints, token
 
     def connect(self, group: Group | None, channel: Channel | None) -> None:
         """Take the way to the other processes."""
@@ -244,17 +260,42 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------------------- state
     def _snapshot(self, checkpoint: bool, evaluated: bool) -> Snapshot:
-        strategy = self.strategy
+        strategy, part = self.strategy, None
         shared = None if checkpoint or evaluated else strategy.kept_state()
         if shared is None and not strategy.is_finite():
             raise FloatingPointError(f"the weights are not finite at step {strategy.progress.version}")
-        if self.speaks and shared is None:
+        if strategy.keeps_parts:
+            shared, part = {"clock": strategy.clock_state()}, self._write_part()
+        elif self.speaks and shared is None:
             shared = strategy.shared_state()
         if not self.speaks:
             shared = None
         carried = strategy.carried.arrays() if self.speaks else None
         return Snapshot(self.rank, strategy.progress.version, self.own_state(), shared, carried, checkpoint,
-                        evaluated, strategy.finished is not None)  # fmt: skip
+                        evaluated, strategy.finished is not None, part)  # fmt: skip
+
+    def _write_part(self) -> WrittenPart | None:
+        """Write this rank's part of the state; rank 0's has the tensors that are not trained too.
+
+        None: nobody keeps this run's checkpoints.
+        """
+        if self.parts_in is None:
+            return None
+        strategy, (checkpoints, token) = self.strategy, self.parts_in
+        folder = checkpoints / ranks_folder_name(strategy.progress.version, token)
+        others: dict[str, Array] = {}
+        if self.rank == 0:
+            others = {name: to_numpy(tensor) for name, tensor in strategy.frozen().items()} | strategy.carried.arrays()
+        shapes = {entry.name: entry.shape for entry in strategy.layout.entries}
+        passes = itertools.count()
+
+        def pieces() -> Iterator[Piece]:
+            if next(passes) > 0:  # the first one is for the header
+                self.injector.at("save")
+            for kind, name, first, values in strategy.pieces():
+                yield kind, name, first, to_numpy(values)
+
+        return WrittenPart(str(folder), write_part(folder, self.rank, self.world_size, pieces, shapes, others))
 
     def own_state(self) -> dict[str, Any]:
         """This worker's half: stream position, random states, buffers, the meter."""
@@ -273,7 +314,10 @@ class Trainer:
     def load(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
         """Continue from a state; without an own half (more workers than before) the stream starts at the version."""
         strategy = self.strategy
-        strategy.load_shared(shared)
+        if strategy.keeps_parts:
+            self._load_part(shared)
+        else:
+            strategy.load_shared(shared)
         strategy.meter = Meter()
         strategy.load_own(own.get("strategy", {}) if own is not None else {})
         if own is None or "stream" not in own:
@@ -298,9 +342,26 @@ class Trainer:
         means = {name: Mean(*pair) for name, pair in own["meter"]["means"].items()}
         strategy.meter = Meter(**{**own["meter"], "means": means})
 
-    def load_for_test(self, tensors: Mapping[str, Array]) -> None:
-        """Take named model tensors (a checkpoint's) for an evaluation after training."""
-        state = {name: from_numpy(array) for name, array in tensors.items()}
+    def _load_part(self, shared: Mapping[str, Any], *, moments: bool = True) -> None:
+        """Read this rank's part from a checkpoint's folder, however many ranks of whatever strategy have written it."""
+        strategy = self.strategy
+        with PartReader(Path(shared["folder"])) as reader:
+
+            def read(kind: str, name: str, start: int, stop: int) -> Array | None:
+                return reader.read(kind, name, start, stop) if moments or kind == MODEL else None
+
+            strategy.load_pieces(read, shared["clock"])
+            there = reader.shapes(MODEL)
+            strategy.carried.load(
+                {name: reader.whole(MODEL, name) for name in strategy.carried.tensors if name in there}
+            )
+
+    def load_for_test(self, saved: Mapping[str, Any]) -> None:
+        """Take a checkpoint's model for an evaluation after training: its tensors, or where this rank finds its own."""
+        if self.strategy.keeps_parts:
+            self._load_part(saved, moments=False)
+            return
+        state = {name: from_numpy(array) for name, array in saved.items()}
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 if name in state:

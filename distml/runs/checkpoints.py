@@ -87,6 +87,13 @@ class Checkpoint:
     parts: Parts | None = None
     folder: Path | None = None
 
+    def model(self) -> dict[str, np.ndarray]:
+        """The model's tensors; from the folder, where the checkpoint was read without them."""
+        if MODEL in self.tensors or self.folder is None:
+            return self.tensors[MODEL]
+        with PartReader(self.folder) as reader:
+            return {name: reader.whole(MODEL, name) for name in reader.names(MODEL)}
+
 
 class CheckpointFailed(RunError):
     """A checkpoint could not be written, or what it supersedes not removed; `__cause__` says why."""

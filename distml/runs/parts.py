@@ -239,10 +239,9 @@ class PartReader:
         """The tensors of a kind."""
         return sorted(self._index.get(kind, {}))
 
-    def shape(self, kind: str, name: str) -> Shape | None:
-        """Of the whole tensor; None: there is none."""
-        tensor = self._index.get(kind, {}).get(name)
-        return None if tensor is None else tensor.shape
+    def shapes(self, kind: str) -> dict[str, Shape]:
+        """Of all tensors of a kind."""
+        return {name: tensor.shape for name, tensor in self._index.get(kind, {}).items()}
 
     def check(self) -> None:
         """Whether every tensor's elements are all there.

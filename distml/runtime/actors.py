@@ -25,6 +25,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -195,6 +196,7 @@ class Way:
         pids: of the workers of this host, in rank order.
         rejoins: the others are at work already.
         keeps: the segment has room for states that are kept for a recovery.
+        token: of all workers that are connected together (see `ranks_folder_name`).
     """
 
     host: str | None
@@ -205,6 +207,7 @@ class Way:
     pids: list[int] = field(default_factory=list)
     rejoins: bool = False
     keeps: bool = False
+    token: str = ""
 
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 1})
@@ -217,6 +220,7 @@ class WorkerActor:
         open_log(directory, f"worker-{rank}")
         self.job = JobSpec.model_validate_json(job_json, by_alias=True, by_name=False)
         self.rank, self.snapshot_every, self.injections = rank, snapshot_every, injections
+        self.checkpoints = Path(directory) / "checkpoints"
         self.trainer: Any = None
         self.group: Any = None
         self.busy = threading.Lock()
@@ -269,6 +273,12 @@ class WorkerActor:
             description["frozen"] = {name: to_numpy(t).copy() for name, t in strategy.frozen().items()}
         return description
 
+    def answer_probe(self, token: str) -> str | None:
+        """Whether the driver's run directory is this process's too; else why not."""
+        from distml.runs.probe import answer
+
+        return answer(self.checkpoints, token, self.rank)
+
     def start_weights(self) -> Array:
         """The flat vector [N] that was built, as an object that the driver owns."""
         from distml.exchange.flat import to_numpy
@@ -300,6 +310,7 @@ class WorkerActor:
         if self.group is not None:
             self._leave_group()
         self.generation = way.generation
+        self.trainer.save_parts_in(self.checkpoints, way.token)
         wire = self._join_wire(way) if way.host is not None else None
         channel: Any = None
         if way.segment is not None:
@@ -378,12 +389,12 @@ class WorkerActor:
             print(failed.traceback, flush=True)
             yield failed
 
-    def evaluate_part(self, split: str, index: int, count: int, tensors: Mapping[str, Array]) -> dict[str, Any]:
-        """Sums and counts of one part of a split with these model tensors, or `{"error": ...}`."""
+    def evaluate_part(self, split: str, index: int, count: int, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Sums and counts of one part of a split with a checkpoint's model, or `{"error": ...}`."""
         from distml.tasks.build import describe
 
         try:
-            self.trainer.load_for_test(tensors)
+            self.trainer.load_for_test(saved)
             self.trainer.activity = "evaluate"
             means = self.trainer.evaluate_part(split, index, count)
         except Exception as error:

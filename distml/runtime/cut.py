@@ -2,7 +2,10 @@
 
 On disk every tensor stands under its parameter's name and in its own shape: `model.safetensors` holds the model's
 state dict, `optimizer.safetensors` holds `MOMENT/NAME`, `own.safetensors` the arrays of the workers' halves. Nothing
-depends on how many workers or servers wrote it. No torch here.
+depends on how many workers or servers wrote it.
+
+Where each rank keeps a part of weights and moments, these never come here: ranks have written them when the driver
+hears of the cut, and read them from the folder of a committed checkpoint, whoever wrote that. No torch here.
 """
 
 from __future__ import annotations
@@ -10,13 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distml.errors import UsageError
+from distml.events import WrittenPart
 from distml.exchange.layout import Array, Layout
-from distml.runs.checkpoints import Checkpoint
+from distml.runs.checkpoints import Checkpoint, Parts
+from distml.runs.parts import MODEL, PartReader
 
 ARRAY = "__array__"
 FLOAT = "__float__"  # of a float that JSON does not know: nan, inf, -inf
@@ -24,15 +30,18 @@ FLOAT = "__float__"  # of a float that JSON does not know: nan, inf, -inf
 
 @dataclass
 class Cut:
-    """Shared half (weights and moments as flat vectors) and each rank's own half.
+    """Shared half (weights and moments as flat vectors, or the folder that has them) and each rank's own half.
 
-    `averaged`: the buffers were averaged at this version, so that the own halves' ones are no others.
+    Attributes:
+        averaged: the buffers were averaged at this version, so that the own halves' ones are no others.
+        parts: what ranks have written of weights and moments, until it is committed.
     """
 
     version: int
     shared: dict[str, Any]
     own: dict[int, dict[str, Any]] = field(default_factory=dict)
     averaged: bool = True
+    parts: Parts | None = None
 
 
 def join_captures(pieces: list[dict[str, Any]], carried: dict[str, Array]) -> dict[str, Any]:
@@ -45,46 +54,80 @@ def join_captures(pieces: list[dict[str, Any]], carried: dict[str, Array]) -> di
 
 def to_checkpoint(cut: Cut, layout: Layout, frozen: Mapping[str, Array], extra: Mapping[str, Any]) -> Checkpoint:
     """The form on disk; `extra` is added to `state.json`."""
+    arrays: dict[str, Array] = {}
+    halves = {rank: without_carried(half) if cut.averaged else half for rank, half in sorted(cut.own.items())}
+    own = {str(rank): pack(half, f"{rank}", arrays) for rank, half in halves.items()}
+    state = {"clock": pack(cut.shared["clock"], "clock", arrays), "own": own, "layout": layout.to_json(), **extra}
+    tensors = {**(named_tensors(cut, layout, frozen) if cut.parts is None else {}), "own": arrays}
+    return Checkpoint(cut.version, tensors, state, parts=cut.parts)
+
+
+def named_tensors(cut: Cut, layout: Layout, frozen: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+    """Model and optimiser under their names on disk."""
     shared = cut.shared
-    model = {**frozen, **layout.names(shared["weights"]), **shared["carried"]}
     optimizer = {
         f"{moment}/{name}": array
         for moment, vector in shared["moments"].items()
         for name, array in layout.names(vector).items()
     }
-    arrays: dict[str, Array] = {}
-    halves = {rank: without_carried(half) if cut.averaged else half for rank, half in sorted(cut.own.items())}
-    own = {str(rank): pack(half, f"{rank}", arrays) for rank, half in halves.items()}
-    state = {"clock": pack(shared["clock"], "clock", arrays), "own": own, "layout": layout.to_json(), **extra}
-    tensors = {"model": model, "optimizer": optimizer, "own": arrays}
-    return Checkpoint(cut.version, tensors, state)
+    return {MODEL: {**frozen, **layout.names(shared["weights"]), **shared["carried"]}, "optimizer": optimizer}
+
+
+def join_parts(parts: Sequence[WrittenPart]) -> Parts:
+    """What all ranks have written of one version."""
+    files = {name: entry for part in parts for name, entry in part.files.items()}
+    return Parts(Path(parts[0].folder), files)
 
 
 def from_checkpoint(checkpoint: Checkpoint, layout: Layout) -> Cut:
-    """The inverse, for a model with this layout.
+    """The inverse of `to_checkpoint`, for a model with this layout.
 
     Raises:
         UsageError: the checkpoint is of another model.
     """
-    model, optimizer, state = checkpoint.tensors["model"], checkpoint.tensors["optimizer"], checkpoint.state
-    for entry in layout.entries:
-        if entry.name not in model or model[entry.name].shape != entry.shape:
-            found = f"has shape {model[entry.name].shape} there" if entry.name in model else "is not in it"
-            raise UsageError(
-                f"checkpoint step-{checkpoint.step:08d} is of another model: {entry.name} {found}, {entry.shape} here; "
-                "use --out for a new run, --fresh to move the old one away, or init: {from: ...}"
-            )
-    arrays = checkpoint.tensors.get("own", {})
+    model, optimizer = checkpoint.tensors[MODEL], checkpoint.tensors["optimizer"]
+    check_layout(checkpoint.step, layout, {name: array.shape for name, array in model.items()})
     names = {entry.name for entry in layout.entries}
     moments = sorted({name.split("/", 1)[0] for name in optimizer})
     shared = {
         "weights": layout.flatten(model),
         "moments": {m: layout.flatten({n: optimizer[f"{m}/{n}"] for n in names}) for m in moments},
         "carried": {name: array for name, array in model.items() if name not in names},
-        "clock": unpack(state["clock"], arrays),
     }
-    own = {int(rank): unpack(half, arrays) for rank, half in state["own"].items()}
-    return Cut(checkpoint.step, shared, own)
+    return _with_clock(checkpoint, shared)
+
+
+def from_folder(checkpoint: Checkpoint, layout: Layout) -> Cut:
+    """The same for ranks that read weights and moments themselves, each what it keeps of them.
+
+    Raises:
+        UsageError: the checkpoint is of another model.
+    """
+    assert checkpoint.folder is not None
+    with PartReader(checkpoint.folder) as reader:
+        check_layout(checkpoint.step, layout, reader.shapes(MODEL))
+    return _with_clock(checkpoint, {"folder": str(checkpoint.folder)})
+
+
+def _with_clock(checkpoint: Checkpoint, shared: dict[str, Any]) -> Cut:
+    arrays = checkpoint.tensors.get("own", {})
+    own = {int(rank): unpack(half, arrays) for rank, half in checkpoint.state["own"].items()}
+    return Cut(checkpoint.step, {**shared, "clock": unpack(checkpoint.state["clock"], arrays)}, own)
+
+
+def check_layout(step: int, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether a checkpoint with these tensors is of a model with this layout.
+
+    Raises:
+        UsageError: it is not.
+    """
+    for entry in layout.entries:
+        if shapes.get(entry.name) != entry.shape:
+            found = f"has shape {shapes[entry.name]} there" if entry.name in shapes else "is not in it"
+            raise UsageError(
+                f"checkpoint step-{step:08d} is of another model: {entry.name} {found}, {entry.shape} here; "
+                "use --out for a new run, --fresh to move the old one away, or init: {from: ...}"
+            )
 
 
 def reshard(cut: Cut, size: int) -> Cut:

@@ -1,9 +1,11 @@
 """The driver: listens to a group of workers, writes the run directory, and brings a run back after a death.
 
-It consumes `Event`s (reports, evaluations, snapshots) and `Lost`s, and produces metrics, checkpoints and the result.
-It holds the newest *cut*: the state at one version, from which a recovery goes on and out of which checkpoints are
-written on a background thread. It waits only in `group.events()`, whose waits all have a limit. An end, healthy or
-not, always passes `close`. No torch here: a driver starts fast, and runs where torch is not wanted.
+It consumes `Event`s (reports, evaluations, snapshots) and `Lost`s, and produces metrics, checkpoints and the result. It
+holds the newest *cut*: the state at one version, from which a recovery goes on and out of which checkpoints are written
+on a background thread. Where ranks keep parts of the state (`keeps_parts`), they have written these when their
+snapshots come: the driver commits them, and a recovery goes on from what is committed. It waits only in
+`group.events()`, whose waits all have a limit. An end, healthy or not, always passes `close`. No torch here: a driver
+starts fast, and runs where torch is not wanted.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from distml.errors import DistmlError, RunError, UsageError
-from distml.events import Evaluated, Event, Failed, Finished, FirstUpdate, Report, Snapshot
+from distml.events import Evaluated, Event, Failed, Finished, FirstUpdate, Report, Snapshot, WrittenPart
 from distml.exchange.layout import Array
 from distml.runs.checkpoints import Checkpoint, CheckpointStore, folder_name
 from distml.runs.directory import RunDirectory
 from distml.runs.display import Display
 from distml.runs.tensorboard import TensorBoardWriter
-from distml.runtime.cut import Cut, from_checkpoint, reshard, to_checkpoint
+from distml.runtime.cut import Cut, from_checkpoint, from_folder, join_parts, reshard, to_checkpoint
 from distml.runtime.endings import StopSignals, close_all
 from distml.runtime.group import Lost, WorkerGroup
 from distml.runtime.merge import ReportMerger
@@ -79,6 +81,8 @@ class Driver:
         self.cut: Cut | None = None
         self.candidates: dict[int, Candidate] = {}
         self.own: dict[int, dict[int, dict[str, Any]]] = {}
+        self.parts: dict[int, list[WrittenPart]] = {}
+        self.keeps_parts = job.strategy.keeps_parts
         self.start_version, self.version, self.restarts = 0, 0, 0
         self.reason, self.end_version, self.judged = "requested", -1, False
         self.start_written = False
@@ -93,11 +97,11 @@ class Driver:
         Raises:
             UsageError: the spec, the task, the checkpoint or the resources do not fit.
         """
-        checkpoint = self.store.newest_good(self.display.note) if resume else None
-        if checkpoint is None:
-            first = start_weights()
-        else:  # what is frozen comes with it
-            first = checkpoint.tensors["model"] if self.job.init is not None else None
+        self.store.discard(self.store.ranks_folders())
+        checkpoint = self._newest_checkpoint() if resume else None
+        first = start_weights() if checkpoint is None else None
+        if checkpoint is not None and self.job.init is not None:  # what is frozen comes with it
+            first = checkpoint.model()
         self.description = self.group.build(first)
         self.signals.take()
         if checkpoint is not None:
@@ -105,11 +109,17 @@ class Driver:
             self.start_version = self.version = self.cut.version
             self.agenda.evaluations = self._evaluations()
             self.best = self._stored_best()
-            verify_frozen(checkpoint, self.description.frozen)
+            if self.description.frozen:
+                verify_frozen(checkpoint.step, checkpoint.model(), self.description.frozen)
         self._rewind()
 
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """Without weights and moments where the ranks read these themselves."""
+        return self.store.newest_good(self.display.note, whole=not self.keeps_parts)
+
     def _cut_of(self, checkpoint: Checkpoint) -> Cut:
-        return reshard(from_checkpoint(checkpoint, self.description.layout), self.job.resources.workers)
+        read = from_folder if self.keeps_parts else from_checkpoint
+        return reshard(read(checkpoint, self.description.layout), self.job.resources.workers)
 
     def _stored_best(self) -> dict[str, Any] | None:
         """The best checkpoint so far, where it is of the metric that counts now."""
@@ -144,7 +154,10 @@ class Driver:
             self._commit(self.cut, important=True)
 
     def _fetch(self) -> None:
-        """Copy what the newest cut has left in shared memory; if it is no longer there, take the newest checkpoint."""
+        """Copy what the newest cut has left in shared memory; if it is no longer there, take the newest checkpoint.
+
+        What is on the disk is verified once more.
+        """
         if self.cut is None or "weights" in self.cut.shared:
             return
         vectors = self.group.kept(self.cut.version)
@@ -152,7 +165,7 @@ class Driver:
             self.cut.shared |= {"weights": vectors.pop("weights"), "moments": vectors}
             return
         self.store.wait()
-        checkpoint = self.store.newest_good(self.display.note)
+        checkpoint = self._newest_checkpoint()
         self.cut = self._cut_of(checkpoint) if checkpoint is not None else None
 
     def handle(self, event: Event | Lost) -> None:
@@ -232,6 +245,8 @@ class Driver:
         if self.judged and event.version > self.end_version:  # after the one that ended the run
             return
         self.own.setdefault(event.version, {})[event.rank] = event.own
+        if event.part is not None:
+            self.parts.setdefault(event.version, []).append(event.part)
         if event.carried is not None:
             shared = event.shared or self.group.shared_state(event.version, event.carried)
             if shared is not None:
@@ -252,6 +267,8 @@ class Driver:
             return
         known = {rank: half for v in sorted(self.own) for rank, half in self.own[v].items() if v <= version}
         candidate.cut.own = dict(halves) if synchronous else known
+        if self.keeps_parts:
+            candidate.cut.parts = join_parts(self.parts.pop(version))
         del self.candidates[version]
         waiting = {v for v in self.candidates if v < version}
         self.own = {v: rows for v, rows in self.own.items() if v > version - 50 or v in waiting}
@@ -260,12 +277,24 @@ class Driver:
 
     def _accept(self, cut: Cut, checkpoint: bool, important: bool) -> None:
         """From now on a recovery goes on from here; and a resume, if it is to be a checkpoint."""
-        if self.cut is None or cut.version >= self.cut.version:
-            self.cut = cut
         self.version = max(self.version, cut.version)
         self._remember(cut)
+        if cut.parts is not None:
+            self._accept_parts(cut, checkpoint)
+            return
+        if self.cut is None or cut.version >= self.cut.version:
+            self.cut = cut
         if checkpoint:
             self._commit(cut, important)
+
+    def _accept_parts(self, cut: Cut, checkpoint: bool) -> None:
+        """The same where only what is committed can be gone on from; what is not to be a checkpoint goes."""
+        assert cut.parts is not None
+        if not checkpoint:
+            self.store.discard([cut.parts.folder])
+            return
+        folder = self.store.write(self._checkpoint(cut))  # no data is written: a rename
+        self.cut = Cut(cut.version, {"folder": str(folder), "clock": cut.shared["clock"]}, cut.own)
 
     def _remember(self, cut: Cut) -> None:
         """Put all evaluations up to its version into a cut."""
@@ -279,9 +308,11 @@ class Driver:
         return [(step, math.nan if value is None else value) for step, value in found if step <= self.version]
 
     def _commit(self, cut: Cut, important: bool) -> None:
+        self.store.write_async(self._checkpoint(cut), important=important)
+
+    def _checkpoint(self, cut: Cut) -> Checkpoint:
         extra = {"name": self.job.name, "wall_s": self.merger.seconds}
-        checkpoint = to_checkpoint(cut, self.description.layout, self.description.frozen, extra)
-        self.store.write_async(checkpoint, important=important)
+        return to_checkpoint(cut, self.description.layout, self.description.frozen, extra)
 
     # -------------------------------------------------------------------------------------------------------- failures
     def _failed(self, event: Failed) -> None:
@@ -300,11 +331,14 @@ class Driver:
         if self.cut is not None:
             self._remember(self.cut)
         from_version = self.cut.version if self.cut is not None else 0
+        left = self.store.ranks_folders()
         try:
             went_back = self.group.recover(self.cut)
         except UsageError as error:  # no place, no answer: what is a user's matter at the start is a failure now
             raise RunError(f"{event.cause}; not recovered: {error}", role=event.role, step=self.version) from error
         self._forget_candidates(None if went_back else event.role)
+        if went_back:
+            self.store.discard(left)
         what = f"all go on from step {from_version}" if went_back else "the others went on; it rejoins"
         self.display.note(f"{event.role} was lost at step {self.version} ({event.cause}): {what} "
                           f"(restart {self.restarts} of {self.job.limits.max_restarts})")  # fmt: skip
@@ -319,7 +353,7 @@ class Driver:
                 candidate.judged = True
                 self._settle(version)
         if role is None:
-            self.candidates, self.own = {}, {}
+            self.candidates, self.own, self.parts = {}, {}, {}
 
     def _rewind(self) -> None:
         """Rows after the cut are forgotten; they will be written again."""
@@ -354,8 +388,9 @@ class Driver:
     def _test(self) -> None:
         """The test split, measured once, on the best checkpoint (without `checkpoint.best`: on the last)."""
         step = self.best["step"] if self.best is not None else self.end_version
-        tensors = self.store.load(step).tensors["model"]
-        sums = self.group.evaluate("test", tensors)
+        checkpoint = self.store.load(step, whole=not self.keeps_parts)
+        saved = self._cut_of(checkpoint).shared if self.keeps_parts else checkpoint.model()
+        sums = self.group.evaluate("test", saved)
         row = {f"test/{name}": total / count for name, (total, count) in sorted(sums.items()) if count}
         if row:
             self._write({"step": step, "wall_s": self.merger.seconds, **row})
@@ -383,23 +418,23 @@ class Driver:
                                      metrics=self.metrics, best=self.best, checkpoint=checkpoint)  # fmt: skip
 
     def close(self) -> None:
-        """End processes, threads and files, whatever happened."""
-        close_all(self.group.close, self.store.close, self.directory.metrics.close)
+        """End processes, threads and files, whatever happened; what ranks have written for nobody goes."""
+        close_all(self.group.close, self.store.close, self.directory.metrics.close,
+                  lambda: self.store.discard(self.store.ranks_folders()))  # fmt: skip
         if self.boards is not None:
             self.boards.close()
 
 
-def verify_frozen(checkpoint: Checkpoint, frozen: Mapping[str, Array]) -> None:
-    """Frozen tensors must be what the checkpoint was trained with.
+def verify_frozen(step: int, saved: Mapping[str, Array], frozen: Mapping[str, Array]) -> None:
+    """Frozen tensors must be what the checkpoint of `step` was trained with.
 
     Raises:
         UsageError: one differs.
     """
-    saved = checkpoint.tensors["model"]
     for name, array in frozen.items():
         if name not in saved or not np.array_equal(saved[name], array, equal_nan=array.dtype.kind == "f"):
             raise UsageError(
-                f"checkpoint step-{checkpoint.step:08d} was trained with other values of the frozen tensor {name}; "
+                f"checkpoint step-{step:08d} was trained with other values of the frozen tensor {name}; "
                 "use --out for a new run, --fresh to move the old one away, or init: {from: ...}"
             )
 

@@ -71,8 +71,12 @@ class WorkerGroup(Protocol):
         """Ask the run to end at its next version."""
         ...
 
-    def evaluate(self, split: str, tensors: Mapping[str, Array]) -> dict[str, tuple[float, float]]:
-        """Sums and counts of `split` with these model tensors, over all workers."""
+    def evaluate(self, split: str, saved: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+        """Sums and counts of `split` over all workers, with the model of a checkpoint.
+
+        Args:
+            saved: its tensors; where each rank keeps a part, the shared half of a cut whose folder has them.
+        """
         ...
 
     def close(self) -> None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 import queue
 import random
+import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -297,8 +299,10 @@ def add_means(sums: dict[str, tuple[float, float]], means: Mapping[str, Mean]) -
 class InlineRuntime:
     """A `WorkerGroup` of threads."""
 
-    def __init__(self, job: JobSpec, sources: SourceTree, injections: tuple[str, ...] = ()) -> None:
-        self.job, self.sources, self.injections = job, sources, injections
+    def __init__(
+        self, job: JobSpec, sources: SourceTree, injections: tuple[str, ...] = (), directory: Path | None = None
+    ) -> None:
+        self.job, self.sources, self.injections, self.directory = job, sources, injections, directory
         self.size = job.resources.workers
         self.threads: list[threading.Thread] = []
         self.queue: queue.Queue[Event | None] = queue.Queue()
@@ -347,6 +351,8 @@ class InlineRuntime:
             self.servers.clock.begin(list(range(self.size)))
         for rank, trainer in enumerate(self.trainers):
             channel = InlineChannel(self.servers, board, rank) if self.servers else None
+            if self.directory is not None:
+                trainer.save_parts_in(self.directory / "checkpoints", secrets.token_hex(4))
             trainer.connect(InlineGroup(board, rank), channel)
             set_random_states(self.states[rank])
             if cut is not None:
@@ -421,12 +427,12 @@ class InlineRuntime:
         for trainer in self.trainers:
             trainer.strategy.stop_requested = True
 
-    def evaluate(self, split: str, tensors: Mapping[str, Array]) -> dict[str, tuple[float, float]]:
+    def evaluate(self, split: str, saved: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
         """In one part per worker, added up in rank order, as on Ray."""
         sums: dict[str, tuple[float, float]] = {}
         for rank, trainer in enumerate(self.trainers):
             try:
-                trainer.load_for_test(tensors)
+                trainer.load_for_test(saved)
                 add_means(sums, trainer.evaluate_part(split, rank, self.size))
             except Exception as error:
                 step = trainer.strategy.progress.version

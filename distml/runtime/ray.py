@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -31,6 +32,7 @@ from distml.exchange.channel import PeerLost
 from distml.exchange.layout import Array, Layout
 from distml.exchange.segment import Segment, lacking, read_kept
 from distml.inject import Injection
+from distml.runs.probe import Probe
 from distml.runtime.actors import ServerActor, Way, WorkerActor, end_process, patience_s
 from distml.runtime.authentication import STUCK_THREAD, cluster_address
 from distml.runtime.cut import Cut, join_captures
@@ -117,6 +119,7 @@ class RayRuntime:
         with self._starting():
             self._build_workers(list(range(self.size)))
             self._check_shared_memory()
+            self._check_directory()
         facts = self.facts[0]
         self.layout = Layout.from_json(facts["layout"])
         self.built_weights = self.workers[0].start_weights.remote() if self.servers else None
@@ -156,6 +159,26 @@ class RayRuntime:
             self._change_transport(self.facts[0]["too_large"])
             return
         self.keeps = self._keeps_here()
+
+    def _check_directory(self) -> None:
+        """Where ranks write and read checkpoints, all must see the run directory.
+
+        Raises:
+            UsageError: one does not; with its host.
+        """
+        if not self.job.strategy.keeps_parts:
+            return
+        with Probe(Path(self.directory) / "checkpoints") as probe:
+            calls = {f"rank {rank}": worker.answer_probe.remote(probe.token) for rank, worker in self.workers.items()}
+            answers = dict(zip(self.workers, self._ask(calls, "its look at the run directory"), strict=True))
+            for rank, problem in answers.items():
+                problem = problem or probe.missing(rank)
+                if problem is not None:
+                    raise UsageError(
+                        f"rank {rank} on {self.facts[rank]['host']} does not see the run directory {self.directory} "
+                        f"({problem}); strategy {self.job.strategy.label} writes its checkpoints from every rank: "
+                        "use --out with a folder that all hosts share"
+                    )
 
     def _change_transport(self, lack: str) -> None:
         self.transport = fall_back(self.job, self.transport, lack)
@@ -322,7 +345,7 @@ class RayRuntime:
             host = "127.0.0.1" if len(hosts) == 1 else self.facts[0]["address"]
             port = self._ask({"rank 0": self.workers[0].open_rendezvous.remote(host)}, "the rendezvous")[0]
         handles = [self.servers[index] for index in sorted(self.servers)]
-        ways = dict.fromkeys(ranks, Way(host, port, handles, self.generation))
+        ways = dict.fromkeys(ranks, Way(host, port, handles, self.generation, token=secrets.token_hex(4)))
         if shares:
             found = self._segments() if segment is None else [(hosts[0], segment)]
             ways = {rank: replace(way, segment=one, pids=[self.facts[r]["pid"] for r in neighbours],
@@ -387,7 +410,12 @@ class RayRuntime:
             self.stop_told_at = time.monotonic()
             for worker in self.workers.values():
                 worker.request_stop.remote()
-        return bool(self.lost) or time.monotonic() - self.stop_told_at > STOP_PATIENCE_S
+        return bool(self.lost) or time.monotonic() - self.stop_told_at > self._stop_patience_s
+
+    @property
+    def _stop_patience_s(self) -> float:
+        """Where the ranks write checkpoints, there is no other one in memory for which the time would be needed."""
+        return self.job.limits.lost_after_s if self.job.strategy.keeps_parts else STOP_PATIENCE_S
 
     def _next(self, rank: int) -> Event | None:
         """The next event of a worker's stream; the end of the stream or the worker gives None."""
@@ -512,7 +540,10 @@ class RayRuntime:
 
     def _go_back(self, cut: Cut | None) -> None:
         """Everyone continues from `cut`; without one, from the beginning."""
-        self._stop_streams()
+        if self.job.strategy.keeps_parts:
+            self._end_all()
+        else:
+            self._stop_streams()
         self.injections = without_spent(self.injections, list(self.lost))
         self.lost, self.pings, self.broken = {}, {}, {}
         for index in range(self.num_servers):
@@ -524,6 +555,7 @@ class RayRuntime:
         anew = list(range(self.size)) if cut is None else missing
         if anew:
             self._build_workers(anew)
+            self._check_directory()
         self._begin(cut)
 
     def _rejoin(self, rank: int, cut: Cut | None) -> bool:
@@ -561,6 +593,12 @@ class RayRuntime:
         if segment is not None:
             self._begin_anew(rank, cut, segment)
         return segment is not None
+
+    def _end_all(self) -> None:
+        """End the survivors too: what their library keeps in a process does not outlive the loss of a peer."""
+        for worker in self.workers.values():
+            ray.kill(worker, no_restart=True)
+        self.workers, self.streams = {}, {}
 
     def _stop_streams(self) -> None:
         """Survivors end their loops: a broken group or interrupted servers end their waits. Others are ended."""
@@ -600,14 +638,19 @@ class RayRuntime:
         """Noticed by `events` (a signal handler must not call Ray)."""
         self.stop_asked = True
 
-    def evaluate(self, split: str, tensors: Mapping[str, Array]) -> dict[str, tuple[float, float]]:
-        """In one part per worker, added up; the part of a worker that dies is given to another."""
-        state = ray.put(dict(tensors))
+    def evaluate(self, split: str, saved: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+        """In one part per worker, added up; the part of a worker that dies is given to another.
+
+        Where each keeps a part of the model, all are needed.
+        """
+        state = ray.put(dict(saved))
         calls = {part: self._evaluate_part(split, part, state, part) for part in range(self.size)}
         answers: dict[int, dict[str, Any]] = {}
         while calls:
             ready, _ = ray.wait([call for _, call in calls.values()], num_returns=1, timeout=POLL_S)
             self._heartbeat()
+            for role in self.lost if self.job.strategy.keeps_parts else ():
+                raise RunError(self.lost[role], role=role, phase=f"evaluate {split}")
             for part, (rank, call) in list(calls.items()):
                 if call in ready and rank in self.workers:
                     try:

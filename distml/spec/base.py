@@ -80,6 +80,11 @@ class StrategyBlock(Block):
         return True
 
     @property
+    def keeps_parts(self) -> bool:
+        """Whether each worker holds a part of weights or moments that no other has: it alone writes and reads it."""
+        return False
+
+    @property
     def label(self) -> str:
         """The name by which matrices and messages call it."""
         return str(getattr(self, "name"))  # noqa: B009 (each strategy declares its own literal)

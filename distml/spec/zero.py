@@ -29,5 +29,9 @@ class ZeroSpec(StrategyBlock):
         return ALL_OFFERS if self.stage < 3 else frozenset({"group_mean", "one_version"})
 
     @property
+    def keeps_parts(self) -> bool:
+        return True
+
+    @property
     def label(self) -> str:
         return f"{self.name}/{self.stage}"

@@ -98,7 +98,7 @@ def test_whatever_n_ranks_write_m_others_read(tmp_path_factory, rows, written, r
             for name, array in values[kind].items():
                 if array.size:
                     assert np.array_equal(reader.whole(kind, name), array)
-                    assert reader.shape(kind, name) == array.shape
+                    assert reader.shapes(kind)[name] == array.shape
 
 
 def gathered(reader: PartReader, kind: str, shapes: dict, start: int, stop: int) -> np.ndarray:
