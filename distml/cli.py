@@ -258,6 +258,21 @@ def run(
 
 @app.command()
 @_verb
+def plan(
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    cluster: Annotated[Path | None, typer.Option(metavar="FILE", help="Machines and links; else this machine.")] = None,
+    shapes: Annotated[bool, typer.Option("--shapes", help="Also print the parameters' shapes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and seconds.")] = False,
+) -> int:
+    """Say whether a job fits, what it sends and how long it takes, without starting it; exit 4 if it does not fit."""
+    from distml.launch.plan.command import plan_command
+
+    return plan_command(spec=spec, overrides=list(overrides or ()), cluster=cluster, as_json=as_json, shapes=shapes)
+
+
+@app.command()
+@_verb
 def show(run: RunArgument) -> None:
     """Print a run's result and write its report.html; of a run that acts also episode.gif."""
     from distml.launch.episode import draw_episode

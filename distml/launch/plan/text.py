@@ -1,0 +1,176 @@
+"""A plan as people read it: one screen, aligned, the same for the same numbers. No torch.
+
+Memory is in GiB (2^30) or MiB, as devices have it; what goes over a wire in powers of 1000.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+
+from distml.launch.plan.estimate import Plan
+from distml.runs.units import byte_size, duration
+from distml.spec.language import TextBlock
+
+LABEL, NUMBER = 34, 12
+
+
+def binary_size(count: float) -> str:
+    """Bytes as `512.0 KiB`, `1.50 MiB`, `79.6 GiB`."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        value = count / 2**power
+        if value >= 1 or unit == "KiB":
+            break
+    digits = 0 if value >= 1000 else 1 if value >= 10 else 2
+    return f"{value:,.{digits}f} {unit}"
+
+
+def plan_lines(plan: Plan, change: list[str] | None = None, searched: bool = False) -> Iterator[str]:
+    """The whole text.
+
+    Args:
+        change: what makes it fit, as `--set` takes it.
+        searched: such a change was looked for.
+    """
+    yield from _head(plan)
+    yield ""
+    yield from _memory(plan)
+    yield ""
+    yield from _step(plan)
+    for note in plan.notes:
+        yield f"note: {note}"
+    yield verdict(plan)
+    if change:
+        yield "smallest change that fits: " + " ".join(f"--set {quoted(one)}" for one in change)
+    elif searched:
+        yield "no smaller micro-batch, checkpointing, zero stage, offload or number of workers makes it fit"
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    job, places = plan.job, plan.places
+    workers = f"{places.ranks} worker{'s' if places.ranks > 1 else ''}"
+    hosts = f" on {places.hosts} nodes" if places.hosts > 1 else ""
+    carried = places.transport.replace("_", " ")
+    yield f"{job.name}: {job.task.name}, {job.strategy.label}, {job.precision}, {workers}{hosts} ({carried})"
+    model = f"{plan.size.trained:,} parameters"
+    if isinstance(job.task, TextBlock):
+        shape = job.task.model  # type: ignore[attr-defined]
+        model += f": {shape.layers} layers, {shape.width} wide, {shape.heads} heads, blocks of {job.task.block} tokens"
+    yield model
+
+
+def _row(label: str, value: str, remark: str = "") -> str:
+    return f"  {label:<{LABEL}}{value:>{NUMBER}}{'   ' + remark if remark else ''}"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    memory, states = plan.memory, plan.memory.states
+    yield "memory of a rank"
+    yield _row("weights", binary_size(states.weights))
+    yield _row("gradients", binary_size(states.gradients))
+    yield _row("optimiser", binary_size(states.optimizer))
+    if states.other:
+        yield _row("buffers and frozen", binary_size(states.other))
+    for name, value in states.buffers.items():
+        yield _row(name, binary_size(value))
+    traced = memory.activations
+    if traced.unknown is None:
+        yield _row("activations", binary_size(traced.peak), f"micro-batch of {plan.micro_batch}; "
+                   f"{binary_size(traced.saved)} kept for backward")  # fmt: skip
+    else:
+        yield _row("activations", "unknown")
+    for name, value in states.at_update.items():
+        yield _row(f"({name})", binary_size(value), "at the update, when activations are gone")
+    yield _row("process", binary_size(memory.process))
+    device = f"of {binary_size(plan.machine.memory)}, {plan.machine.device} ({plan.machine.source})"
+    yield _row("the most at one time", binary_size(memory.total), device)
+    if states.host:
+        limit = plan.machine.host_memory
+        yield "of its host"
+        for name, value in states.host.items():
+            yield _row(name, binary_size(value))
+        of = f"of {binary_size(limit)}, its share" if limit else "its share is not known: host_memory_gib"
+        yield _row("in all", binary_size(memory.host), of)
+    if states.server:
+        yield _row("each parameter server", binary_size(states.server))
+    yield _row("states, undivided", binary_size(plan.all_states),
+               f"at least {plan.devices_for_states} of {binary_size(plan.machine.memory)}")  # fmt: skip
+
+
+def _step(plan: Plan) -> Iterator[str]:
+    step = plan.step
+    passes = f", in {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
+    what = f"{step.tokens:,} tokens" if step.tokens else f"{step.examples:,} examples"
+    yield f"a step of {what}{passes}"
+    yield _row("each rank sends", byte_size(step.sent), seconds(step.wire_s))
+    yield _row("each rank computes", operations(step.flops), f"{seconds(step.compute_s)} at {plan.machine.rate}")
+    rate = f"{step.tokens / step.most_s:,.0f} tokens/s at least" if step.tokens else ""
+    yield _row("takes", span(step.least_s, step.most_s), rate)
+    if plan.hours is not None:
+        least, most = plan.hours
+        price, ranks = plan.machine.price_per_hour, plan.places.ranks
+        cost = f"; {least * ranks * price:,.0f} to {most * ranks * price:,.0f} in money" if price else ""
+        yield _row(f"{plan.steps:,} steps", span(3600 * least, 3600 * most), f"{most * ranks:,.3g} worker-hours{cost}")
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, in a line."""
+    memory, machine = plan.memory, plan.machine
+    if plan.over == "host":
+        return (f"does not fit: {binary_size(memory.host)} per rank in the host's memory, "
+                f"{binary_size(machine.host_memory or 0)} are there")  # fmt: skip
+    has = f"{binary_size(memory.total)} of {binary_size(machine.memory)} per rank"
+    if not plan.fits:
+        return f"does not fit: {has}"
+    least = "" if memory.activations.unknown is None else ", activations not counted"
+    return f"fits: {has}{least}"
+
+
+def key_lines(plan: Plan) -> tuple[str, str]:
+    """What a run says first: memory and whether it fits; bytes and seconds of a step."""
+    step = plan.step
+    memory = plan.memory.states.model_states
+    return (
+        f"plan: {verdict(plan)}; states {binary_size(memory)}",
+        f"plan: each step sends {byte_size(step.sent)} per rank and takes about {span(step.least_s, step.most_s)}",
+    )
+
+
+def shape_lines(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """A table of the parameters; those of equal layers stand once, with `*` for their numbers."""
+    times: dict[tuple[str, tuple[int, ...]], int] = {}
+    for name, shape in shapes.items():
+        key = ".".join("*" if part.isdecimal() else part for part in name.split(".")), shape
+        times[key] = times.get(key, 0) + 1
+    width = max((len(name) for name, _ in times), default=0)
+    for (name, shape), count in times.items():
+        size = " x ".join(map(str, shape)) or "1"
+        yield f"  {name:<{width}}  {size:>16}  {prod(shape):>15,}{f'  x {count}' if count > 1 else ''}"
+    yield f"  {'in all':<{width}}  {'':>16}  {sum(map(prod, shapes.values())):>15,}"
+
+
+def operations(count: float) -> str:
+    """Floating-point operations as `3.2 TFLOP`."""
+    for unit in ("", "k", "M", "G", "T", "P", "E"):
+        if count < 1000 or unit == "E":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}FLOP"
+
+
+def seconds(value: float) -> str:
+    """Seconds, down to microseconds."""
+    if value >= 1:
+        return duration(value) if value < 48 * 3600 else f"{value / 86400:.1f} days"
+    return f"{value * 1e3:.3g} ms" if value >= 1e-3 or value == 0 else f"{value * 1e6:.3g} us"
+
+
+def span(least: float, most: float) -> str:
+    """`3 to 5 s`; one number where both read alike."""
+    first, last = seconds(least), seconds(most)
+    return first if first == last else f"{first} to {last}"
+
+
+def quoted(change: str) -> str:
+    """As a shell takes it."""
+    return f"'{change}'" if any(char in change for char in " {}[]*") else change
