@@ -21,7 +21,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,12 +107,10 @@ class Strategy(ABC):
         snapshot_every: steps between snapshots for recovery; None: only checkpoints.
 
     Attributes:
-        keeps_parts: whether each rank has a part of the state that no other has, and gives and takes it by `pieces`.
         layout: the index of the trained parameters.
         model: what the task computes with; `connect` may replace it.
     """
 
-    keeps_parts: ClassVar[bool] = False
     layout: Layout
     model: nn.Module
 
@@ -159,7 +157,9 @@ class Strategy(ABC):
         model: nn.Module = self.task.build_model()
         if not isinstance(model, nn.Module):
             raise TypeError(f"build_model must return an nn.Module, not {type(model).__name__}")
-        model.to(self.device).train()
+        if not any(parameter.is_meta for parameter in model.parameters()):  # those have no values to move
+            model.to(self.device)
+        model.train()
         if start_weights is not None:
             take_start_weights(model, start_weights, self.job.init.only if self.job.init else ["*"])
         freeze(model, self.job.init.freeze if self.job.init else [])
@@ -171,6 +171,11 @@ class Strategy(ABC):
 
     def _build(self) -> None:  # noqa: B027
         """What a strategy adds to `prepare`."""
+
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether each rank has a part of the state that no other has, and gives and takes it by `pieces`."""
+        return self.job.strategy.keeps_parts
 
     @abstractmethod
     def frozen(self) -> dict[str, Tensor]:
