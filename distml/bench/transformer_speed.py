@@ -46,12 +46,12 @@ SPEC: dict[str, Any] = {
 }  # fmt: skip
 
 
-def measure(repeats: int = 5, steps: int = 80) -> dict[str, Any]:
+def measure(repeats: int = 5, steps: int = 120) -> dict[str, Any]:
     """Alternate ours and plain PyTorch.
 
     Args:
         repeats: of each.
-        steps: of each repeat, a multiple of 10 and at least 20.
+        steps: of each repeat, a multiple of 10 and at least 100.
     """
     found: dict[str, list[float]] = {"ours": [], "plain": []}
     losses: dict[str, float] = {}

@@ -24,6 +24,7 @@ from distml.bench.exchange import check, in_turn, tell
 from distml.bench.table import cells, summary
 from distml.bench.transformer_speed import BATCH, BLOCK, LAYERS, SPEC, WIDTH
 from distml.errors import RunError
+from distml.spec.loader import load_train
 
 OPTIONS = ("repeats", "steps", "contenders")
 TARGET_STEP, TARGET_START = 1.03, 1.0
@@ -37,12 +38,12 @@ NAMES = {
 Run = dict[str, float]
 
 
-def measure(repeats: int = 3, steps: int = 80, contenders: Sequence[str] = ()) -> dict[str, Any]:
+def measure(repeats: int = 3, steps: int = 120, contenders: Sequence[str] = ()) -> dict[str, Any]:
     """Let them take turns.
 
     Args:
         repeats: of each.
-        steps: of each repeat, a multiple of 10 and at least 40.
+        steps: of each repeat, a multiple of 10 and at least 100.
         contenders: some of `NAMES`; none: all.
 
     Raises:
@@ -84,10 +85,8 @@ def _ours(spec: Path, folder: Path) -> Run:
 
 
 def _deepspeed(spec: Path, folder: Path) -> Run:
-    from distml.bench.transformer_settings import raw_settings
-
     times, config = folder / "times", folder / "config.json"
-    settings = raw_settings(spec, WORKERS)
+    settings = settings_of(spec)
     config.write_text(json.dumps({"spec": str(spec), "times": str(times), "every": EVERY, "deepspeed": settings}))
     script = Path(__file__).parent / "peers" / "raw_deepspeed.py"
     arguments = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(WORKERS), str(script), str(config)]
@@ -95,6 +94,19 @@ def _deepspeed(spec: Path, folder: Path) -> Run:
     run_all([(ThisHost(), arguments)], {**EVERYWHERE, "DS_ACCELERATOR": "cpu"}, folder, LIMIT_S)
     rows = [tuple(map(float, line.split())) for line in times.read_text().splitlines()]
     return _numbers([(row[0], row[1]) for row in rows[1:]], rows[0][1] - started, rows[-1][2])
+
+
+def settings_of(spec: Path) -> dict[str, Any]:
+    """What our run tells DeepSpeed."""
+    import torch
+
+    from distml.strategies.zero_config import engine_config
+    from distml.tasks.build import build_task
+
+    job = load_train(spec).job
+    with torch.device("meta"):
+        sizes = [parameter.numel() for parameter in build_task(job).build_model().parameters()]
+    return engine_config(job, sum(sizes), max(sizes))
 
 
 def _numbers(times: Sequence[tuple[float, float]], start_s: float, loss: float) -> Run:
