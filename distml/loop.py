@@ -11,7 +11,6 @@ with `PeerLost`, and the runtime decides.
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import time
 import traceback
@@ -29,6 +28,7 @@ from distml.exchange.channel import Channel, Group
 from distml.exchange.flat import from_numpy, to_numpy
 from distml.exchange.layout import Array
 from distml.inject import Injector
+from distml.memory import resident_bytes
 from distml.runs.checkpoints import ranks_folder_name
 from distml.runs.parts import MODEL, PartReader, Piece, write_part
 from distml.spec.schema import JobSpec
@@ -223,7 +223,7 @@ class Trainer:
             "lr": strategy.learning_rate(), "steps": float(meter.steps), "examples": meter.examples,
             "compute_s": meter.compute_s / steps, "exchange_s": meter.exchange_s / steps,
             "bytes": float(meter.bytes_sent), "staleness_total": float(meter.staleness_total),
-            "staleness_max": float(meter.staleness_max), "memory_bytes": resident_bytes(),
+            "staleness_max": float(meter.staleness_max), "memory_bytes": float(resident_bytes()),
         }  # fmt: skip
         if meter.grad_norm is not None:
             values["grad_norm"] = meter.grad_norm
@@ -430,9 +430,3 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(from_numpy(np.asarray(states["cuda"], np.uint8)))
-
-
-def resident_bytes() -> float:
-    """Memory of this process that is in RAM."""
-    with open("/proc/self/statm", encoding="ascii") as pages:
-        return float(int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))

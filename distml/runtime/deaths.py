@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 
-
-def out_of_memory_kills() -> int:
-    """Processes that the kernel has killed for memory in this control group; 0 where that is not known."""
-    for file in (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control")):
-        try:
-            lines = file.read_text().splitlines()
-        except OSError:
-            continue
-        for line in lines:
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
+from distml.memory import OUT_OF_MEMORY, binary_size, group_limit, memory_bytes
 
 
 def cause_of_death(error: Exception, *, kernel_killed: bool) -> str:
@@ -27,11 +16,19 @@ def cause_of_death(error: Exception, *, kernel_killed: bool) -> str:
     """
     text = " ".join(str(error).split())
     if "OutOfMemory" in type(error).__name__ or "memory monitor" in text or "running low on memory" in text:
-        return "out of memory: ended by Ray's memory monitor"
+        found = re.search(r"was ([\d.]+ ?\w?B) / ([\d.]+ ?\w?B)", text)
+        used = f", its node had {found[1]} of {found[2]} in use" if found else ""
+        return f"{OUT_OF_MEMORY}: ended by Ray's memory monitor{used}"
     if kernel_killed:
-        return "out of memory: killed by the kernel"
+        return f"{OUT_OF_MEMORY}: killed by the kernel, {allowance()}"
     if "creation task" in text:
         return text[-300:]
     if "connection error" in text or "SYSTEM_ERROR" in text:
         return "the process was killed by a signal (such as SIGKILL) or crashed; see its file in logs/"
     return text[:200]
+
+
+def allowance() -> str:
+    """What the processes of this host may have together."""
+    what = "this host has" if group_limit() is None else "the control group's limit is"
+    return f"{what} {binary_size(memory_bytes())}"

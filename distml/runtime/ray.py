@@ -32,11 +32,12 @@ from distml.exchange.channel import PeerLost
 from distml.exchange.layout import Array, Layout
 from distml.exchange.segment import Segment, lacking, read_kept
 from distml.inject import Injection
+from distml.memory import out_of_memory_kills
 from distml.runs.probe import Probe
 from distml.runtime.actors import ServerActor, Way, WorkerActor, end_process, patience_s
 from distml.runtime.authentication import STUCK_THREAD, cluster_address
 from distml.runtime.cut import Cut, join_captures
-from distml.runtime.deaths import cause_of_death, out_of_memory_kills
+from distml.runtime.deaths import cause_of_death
 from distml.runtime.endings import close_within
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
 from distml.runtime.transport import Transport, choose, fall_back

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distml.errors import UsageError
+from distml.memory import out_of_memory
 from distml.spec.base import ALL_OFFERS, StrategyBlock
 from distml.spec.language import LanguageModelSpec, MaskedLanguageModelSpec
 from distml.spec.matrix import refusal
@@ -111,6 +112,9 @@ def build_own_task(spec: OwnTaskSpec) -> Task:
 
 def describe(error: BaseException) -> str:
     """An exception in one line, with the innermost file and line that it comes from outside the libraries."""
+    lacking = out_of_memory(error)
+    if lacking is not None:
+        return lacking
     message = " ".join(str(error).split()) or "no message"
     frames = traceback.extract_tb(error.__traceback__)
     elsewhere = (PACKAGE, STANDARD, "<")

@@ -7,7 +7,7 @@ would fall back to attention's written-out form, with all T x T weights.
     build (fake) ─▶ forward, each saved tensor's storage counted once ─▶ backward ─▶ Activations(saved, peak)
 
 Parameters, buffers, gradients and the batch are states or inputs: they are not activations. Casted copies of weights
-(autocast) are. On GPUs autocast also takes norms and losses to float32; under `CUDAAutocast` it does so here.
+(autocast) are. On GPUs autocast also takes normalising layers to float32; so does `norms_in_float32` here.
 
 What jobs and tasks are is not known here: see `traced.py`.
 """
@@ -15,6 +15,7 @@ What jobs and tasks are is not known here: see `traced.py`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
@@ -24,9 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,19 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-class CUDAAutocast(TorchFunctionMode):
-    """Besides what the CPU's autocast does, what CUDA's takes to float32; around forward and backward."""
-
-    in_float32 = (F.layer_norm, F.rms_norm, F.cross_entropy, F.log_softmax, F.softmax, F.nll_loss)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self.in_float32:
-            args, kwargs = tree_map(_widened, (args, kwargs))
-        return func(*args, **kwargs)
+def norms_in_float32(model: nn.Module) -> None:
+    """Let normalising layers do as under CUDA's autocast: their inputs and weights are casted, also computing again."""
+    for module in model.modules():
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            module.forward = functools.partial(_norm_in_float32, module)  # type: ignore[method-assign]
 
 
-def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _norm_in_float32(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
+    weight = None if norm.weight is None else norm.weight.float()
+    if isinstance(norm, nn.RMSNorm):
+        return F.rms_norm(x.float(), norm.normalized_shape, weight, norm.eps)
+    bias = None if norm.bias is None else norm.bias.float()
+    return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
 
 
 def footprint(model: nn.Module, inputs: list[Tensor], forward: Callable[[], Tensor]) -> Activations:
@@ -128,7 +127,7 @@ def footprint(model: nn.Module, inputs: list[Tensor], forward: Callable[[], Tens
             loss = forward()
         num_saved = sum(size for reference, size in saved.values() if reference() is not None)
         in_forward, live.peak = live.peak, live.live
-        torch.autograd.backward(loss)  # not `loss.backward()`, within which function modes are off
+        loss.backward()  # type: ignore[no-untyped-call]
     return Activations(float(num_saved), float(in_forward), float(live.peak))
 
 

@@ -17,7 +17,7 @@ from distml.spec.schema import JobSpec
 from distml.spec.zero import ZeroSpec
 from distml.tasks.base import Progress, Task, as_loss
 from distml.tasks.data import Batch, DatasetStream, map_tensors
-from distml.tasks.footprint import Activations, CUDAAutocast, footprint, without_memory
+from distml.tasks.footprint import Activations, footprint, norms_in_float32, without_memory
 from distml.tasks.language_model import TextTask, cross_entropy
 
 FEW, MORE = 2, 3  # layers that are traced
@@ -70,7 +70,7 @@ def _layers(job: JobSpec, task: TextTask, layers: int, rows: int) -> Activations
     small = type(task)(task.spec.model_copy(update={"model": shape}), task.seed, task.directory)
     with without_memory() as fakes:
         with built_as(job):
-            model = small.build_model().train()
+            model = _as_on_device(job, small.build_model().train())
         tokens = fakes.from_tensor(torch.zeros(rows, task.spec.block, dtype=torch.int64))
         targets = torch.zeros_like(tokens)
 
@@ -78,8 +78,7 @@ def _layers(job: JobSpec, task: TextTask, layers: int, rows: int) -> Activations
             with _autocast(job):
                 return cross_entropy(model(tokens), targets)
 
-        with _as_on_device(job):
-            return footprint(model, [tokens, targets], forward)
+        return footprint(model, [tokens, targets], forward)
 
 
 def _of_dataset(job: JobSpec, task: Task, rows: int) -> Activations:
@@ -88,7 +87,7 @@ def _of_dataset(job: JobSpec, task: Task, rows: int) -> Activations:
     batch = stream.next(nn.Identity(), progress)
     with without_memory() as fakes:
         with built_as(job):
-            model = task.build_model().train()
+            model = _as_on_device(job, task.build_model().train())
         fake: Batch = map_tensors(batch, fakes.from_tensor)
         inputs = [leaf for leaf in tree_leaves(fake) if isinstance(leaf, Tensor)]
         for method, _ in task.phases:
@@ -97,8 +96,7 @@ def _of_dataset(job: JobSpec, task: Task, rows: int) -> Activations:
                 with _autocast(job):
                     return as_loss(getattr(task, method)(model, fake, progress), fake, method).total
 
-            with _as_on_device(job):
-                traced.append(footprint(model, inputs, forward))
+            traced.append(footprint(model, inputs, forward))
     return max(traced, key=lambda one: one.peak)
 
 
@@ -106,10 +104,10 @@ def _autocast(job: JobSpec) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=job.precision != "fp32")
 
 
-def _as_on_device(job: JobSpec) -> contextlib.AbstractContextManager[object]:
-    """Around forward and backward, in which checkpointing computes again."""
-    on_gpu = job.resources.gpus_per_worker and job.precision != "fp32"
-    return CUDAAutocast() if on_gpu else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+def _as_on_device(job: JobSpec, model: nn.Module) -> nn.Module:
+    if job.resources.gpus_per_worker and job.precision != "fp32":
+        norms_in_float32(model)
+    return model
 
 
 def model_without_memory(task: Task) -> nn.Module:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from distml.launch.plan.cluster import CARDS, GIB, ClusterSpec
 from distml.launch.plan.places import Places
-from distml.runtime.memory import memory_bytes
+from distml.memory import memory_bytes
 from distml.spec.schema import JobSpec
 
 ASSUMED_CARD = "a100"

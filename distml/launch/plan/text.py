@@ -9,20 +9,11 @@ from collections.abc import Iterator, Mapping
 from math import prod
 
 from distml.launch.plan.estimate import Plan
+from distml.memory import binary_size
 from distml.runs.units import byte_size, duration
 from distml.spec.language import TextBlock
 
 LABEL, NUMBER = 34, 12
-
-
-def binary_size(count: float) -> str:
-    """Bytes as `512.0 KiB`, `1.50 MiB`, `79.6 GiB`."""
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        value = count / 2**power
-        if value >= 1 or unit == "KiB":
-            break
-    digits = 0 if value >= 1000 else 1 if value >= 10 else 2
-    return f"{value:,.{digits}f} {unit}"
 
 
 def plan_lines(plan: Plan, change: list[str] | None = None, searched: bool = False) -> Iterator[str]:
