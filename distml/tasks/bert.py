@@ -104,8 +104,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, D] -> [B, T, D]; every token sees those that the mask, bool [B, 1, 1, T], allows."""
         batch, length, width = x.shape
-        parts = self.qkv(x).view(batch, length, 3 * self.heads, -1).chunk(3, dim=2)  # [B, T, H, C] each
-        q, k, v = (part.transpose(1, 2) for part in parts)
+        heads = self.qkv(x).view(batch, length, 3 * self.heads, width // self.heads)  # [B, T, 3 H, C]
+        q, k, v = (part.transpose(1, 2) for part in heads.chunk(3, dim=2))
         attended = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         output: Tensor = self.output(attended.transpose(1, 2).reshape(batch, length, width))
         return output

@@ -115,7 +115,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation | None, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; a token sees itself and those before it."""
         batch, length, width = x.shape
-        heads = self.qkv(x).view(batch, length, -1, self.head_width)  # [B, T, H + 2 K, C]
+        heads = self.qkv(x).view(batch, length, self.heads + 2 * self.kv_heads, self.head_width)  # [B, T, H + 2 K, C]
         parts = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k, v = (part.transpose(1, 2) for part in parts)
         if rotation is not None:
