@@ -24,7 +24,7 @@ from distml.spec.loader import load_spec
 from distml.spec.schema import JobSpec
 from distml.strategies.base import freeze, seed_everything
 from distml.tasks.build import build_task
-from distml.tasks.data import DataOrder, take
+from distml.tasks.data import DataOrder, length, take
 from distml.tasks.sources import SourceTree
 
 OWN = Path(__file__).parent
@@ -160,9 +160,10 @@ def oracle(spec: dict[str, Any], steps: int) -> dict[str, np.ndarray]:
     optimizer = make_optimizer(job, model)
     base = [group["lr"] for group in optimizer.param_groups]
     dataset = task.data("train")
-    order = DataOrder(len(dataset[0]), job.seed)
+    order = DataOrder(length(dataset), job.seed)
     for version in range(steps):
-        batch = take(dataset, order.entries(version * job.batch_size, (version + 1) * job.batch_size))
+        first = version * job.batch_size
+        batch = take(dataset, order.entries(first, first + job.batch_size), first)
         loss = task.loss(model, batch, None)
         optimizer.zero_grad()
         (loss.total / loss.count).backward()
