@@ -25,6 +25,7 @@ CASES = {
     "all_reduce": (2, {"name": "all_reduce"}),
     "server": (2, {"name": "parameter_server", "servers": 2}),
     "async-1": (1, {"name": "parameter_server", "mode": "async", "servers": 2}),
+    "zero/2": (1, {"name": "zero", "stage": 2}),
 }  # fmt: skip
 
 
@@ -60,9 +61,17 @@ def rows(out: Path) -> list[dict]:
 
 
 def case(name: str, task="dropout:Dropout", **changes) -> dict:
-    workers, strategy = CASES[name]
     values = {"steps": 40, "log": {"every": 4, "to": []}, "evaluate": {"every": 5}, "checkpoint": {"every": 6}}
-    return spec_of(task, workers=workers, strategy=strategy, **{**values, **changes})
+    return under(name, spec_of(task, **{**values, **changes}))
+
+
+def under(name: str, spec: dict) -> dict:
+    """The same under a strategy of `CASES`; zero trains in float32 only."""
+    workers, strategy = CASES[name]
+    task = spec["task"]
+    if strategy["name"] == "zero":
+        task = {**task, "args": {**task.get("args", {}), "dtype": "float32"}}
+    return spec | {"strategy": strategy, "resources": {"workers": workers}, "task": task}
 
 
 def assert_same(first: Path, second: Path) -> None:
@@ -253,9 +262,8 @@ def scripted(values: list[float], task=None, **changes) -> dict:
 @pytest.mark.parametrize("name", CASES)
 def test_the_test_split_is_measured_on_the_best_checkpoint(tmp_path, name):
     values = [0.1, 0.5, 0.9, 0.3, 0.9, 0.2]
-    workers, strategy = CASES[name]
-    spec = scripted(values, checkpoint={"every": 4, "keep": 1, "best": {"metric": "eval/score", "mode": "max"}}) | {
-        "strategy": strategy, "resources": {"workers": workers}}  # fmt: skip
+    best = {"metric": "eval/score", "mode": "max"}
+    spec = under(name, scripted(values, checkpoint={"every": 4, "keep": 1, "best": best}))
     result, _ = run(tmp_path / "run", spec)
     assert result.best == {"metric": "eval/score", "value": 0.9, "step": 9}  # an equal one later is not better
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
@@ -276,10 +284,9 @@ def test_without_best_the_last_is_tested(tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_patience_and_goal_end_the_run_also_over_a_resume(tmp_path, name):
     values = [0.1, 0.6, 0.5, 0.4, 0.6, 0.9, 0.9, 0.9]
-    workers, strategy = CASES[name]
-    strategy = {"strategy": strategy, "resources": {"workers": workers}, "checkpoint": {"every": 3}}
     goal = {"metric": "eval/score", "at_least": 0.9}
-    patient = scripted(values, stop={"steps": 24, "goal": goal, "patience": 3}) | strategy
+    often = {"checkpoint": {"every": 3}}
+    patient = under(name, scripted(values, stop={"steps": 24, "goal": goal, "patience": 3}, **often))
     result, _ = run(tmp_path / "whole", patient)
     assert (result.status, result.step, result.exit_code) == ("goal_missed", 15, 4)
     for number, stop_at in enumerate((4, 8, 12)):  # requests end at 5, 9 and 13, or one earlier
@@ -289,9 +296,10 @@ def test_patience_and_goal_end_the_run_also_over_a_resume(tmp_path, name):
                 run(tmp_path / "parts", patient, inject=("nan:rank=0,step=11",))
     run(tmp_path / "parts", patient)
     assert_same(tmp_path / "whole", tmp_path / "parts")
-    result, _ = run(tmp_path / "goal", scripted(values, stop={"steps": 24, "goal": goal}) | strategy)
+    result, _ = run(tmp_path / "goal", under(name, scripted(values, stop={"steps": 24, "goal": goal}, **often)))
     assert (result.status, result.step, result.exit_code) == ("goal_met", 18, 0)
-    missed, _ = run(tmp_path / "missed", scripted(values[:5], stop={"steps": 15, "goal": goal}) | strategy)
+    short = scripted(values[:5], stop={"steps": 15, "goal": goal}, **often)
+    missed, _ = run(tmp_path / "missed", under(name, short))
     assert (missed.status, missed.exit_code) == ("goal_missed", 4)
 
 
@@ -398,11 +406,9 @@ def test_a_killed_run_is_said_to_be_dead_and_resumes_exactly(tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_that_dies_in_an_evaluation_does_it_again(tmp_path, name):
     values = [0.1, 0.6, 0.5, 0.4, 0.6, 0.9]
-    workers, strategy = CASES[name]
     task = {"name": "script:Fragile", "args": {"values": values, "at": 9, "file": str(tmp_path / "full")}}
-    spec = scripted(values, task=task, stop={"steps": 18, "patience": 2}, checkpoint={
-        "every": 3, "best": {"metric": "eval/score", "mode": "max"}}) | {
-        "strategy": strategy, "resources": {"workers": workers}}  # fmt: skip
+    spec = under(name, scripted(values, task=task, stop={"steps": 18, "patience": 2}, checkpoint={
+        "every": 3, "best": {"metric": "eval/score", "mode": "max"}}))  # fmt: skip
     whole, _ = run(tmp_path / "whole", spec)
     assert whole.step == 12
     (tmp_path / "full").touch()
@@ -439,10 +445,8 @@ def test_a_slow_worker_that_reaches_the_goal_ends_the_run_with_its_weights(tmp_p
     ({"steps": 15}, 15), ({"examples": 15 * 12}, 15),
 ])  # fmt: skip
 def test_a_run_that_dies_between_its_last_evaluation_and_its_result_does_no_further_step(tmp_path, name, stop, step):
-    workers, strategy = CASES[name]
-    best = {"metric": "eval/score", "mode": "max"}
-    spec = scripted([0.1, 0.6, 0.5, 0.4, 0.6, 0.9, 0.95, 0.9], stop=stop, checkpoint={"every": 100, "best": best}) | {
-        "strategy": strategy, "resources": {"workers": workers}}  # fmt: skip
+    often = {"every": 100, "best": {"metric": "eval/score", "mode": "max"}}
+    spec = under(name, scripted([0.1, 0.6, 0.5, 0.4, 0.6, 0.9, 0.95, 0.9], stop=stop, checkpoint=often))
     first, _ = run(tmp_path / "run", spec)
     assert first.step == step
     record = json.loads((tmp_path / "run" / "result.json").read_text())

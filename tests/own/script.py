@@ -11,19 +11,19 @@ import distml
 
 
 class One(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.zeros(1, dtype=dtype))
 
 
 class Script(distml.Task):
     """The score of version v is `values[v / every - 1]`; the weight says which version it is of."""
 
-    def __init__(self, values: list[float], every: int = 3) -> None:
-        self.values, self.every = values, every
+    def __init__(self, values: list[float], every: int = 3, dtype: str = "float64") -> None:
+        self.values, self.every, self.dtype = values, every, getattr(torch, dtype)
 
     def build_model(self) -> nn.Module:
-        return One()
+        return One(self.dtype)
 
     def data(self, split: str) -> tuple[torch.Tensor]:
         return (torch.zeros(24, 1),)
@@ -41,8 +41,8 @@ class Script(distml.Task):
 class Fragile(Script):
     """Its evaluation of one version fails as long as a file is there."""
 
-    def __init__(self, values: list[float], at: int, file: str) -> None:
-        super().__init__(values)
+    def __init__(self, values: list[float], at: int, file: str, **args) -> None:
+        super().__init__(values, **args)
         self.at, self.file = at, file
 
     def evaluate(self, model: One, part: distml.Part, progress: distml.Progress) -> dict[str, distml.Mean]:
