@@ -160,11 +160,12 @@ def test_an_evaluation_counts_the_chosen_tokens():
     assert accuracy.total == int((logits.argmax(-1) == labels)[chosen].sum())
 
 
-@pytest.mark.parametrize(("steps", "least", "most"), [(150, 0.9, 1.0), (1, 0.0, 0.4)])
+@pytest.mark.parametrize(("steps", "least", "most"), [(300, 0.8, 1.0), (1, 0.0, 0.5)])
 def test_it_learns_what_the_text_around_tells(tmp_path, steps, least, most):
-    (tmp_path / "text.txt").write_text("\n\n".join("abcdefgh"[n % 8 :] + "abcdefgh" * 30 for n in range(40)))
-    task = {**TASK, "data": str(tmp_path / "text.txt"), "tokenizer": "characters"}
-    trained = train(spec_of(task, steps=steps, batch_size=16, optimizer={"name": "adamw", "lr": 0.01}))
+    (tmp_path / "text.txt").write_text("\n\n".join("abcd"[n % 4 :] + "abcd" * 60 for n in range(40)))
+    task = {**TASK, "data": str(tmp_path / "text.txt"), "tokenizer": "characters", "block": 8, "mask": 0.3,
+            "model": {**TASK["model"], "width": 32}}  # fmt: skip
+    trained = train(spec_of(task, steps=steps, batch_size=16, optimizer={"name": "adamw", "lr": 0.003}))
     assert least <= trained.evaluated[-1].metrics["eval/accuracy"] <= most
 
 
