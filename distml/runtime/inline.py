@@ -334,6 +334,12 @@ class InlineRuntime:
         frozen = {name: to_numpy(tensor).copy() for name, tensor in strategy.frozen().items()}
         return Description(strategy.layout, frozen, "in one process (inline)", [socket.gethostname()])
 
+    def plan_facts(self) -> dict[str, Any]:
+        """Of this process."""
+        from distml.tasks.traced import plan_facts
+
+        return plan_facts(self.job, self.trainers[0].task)
+
     def begin(self, cut: Cut | None) -> None:
         """Connect and load."""
         strategy = self.trainers[0].strategy
