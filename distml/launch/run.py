@@ -6,6 +6,7 @@ No torch here, and ray only through the runtime: what is wrong with a spec is sa
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -23,6 +24,9 @@ from typing import TYPE_CHECKING, Any
 from distml.errors import ExitCode, RunError, UsageError
 from distml.inject import Injection
 from distml.launch import hf
+from distml.launch.plan.command import memory_advice
+from distml.launch.plan.running import plan_of_run
+from distml.launch.plan.text import key_lines
 from distml.runs.checkpoints import CheckpointStore, resolve_source
 from distml.runs.directory import Result as ResultRecord
 from distml.runs.directory import RunDirectory
@@ -133,7 +137,8 @@ def run(
         if isinstance(job, RLlibSpec):
             return drive_rllib(job, directory, sources, address, display, started, bool(resume))
         group = make_group(loaded, sources, where, address, directory.path, tuple(inject))
-        return drive(Driver(job, directory, group, display, started), bool(resume), where)
+        driver = Driver(job, directory, group, display, started, functools.partial(memory_advice, loaded))
+        return drive(driver, bool(resume), where)
 
 
 def drive(driver: Driver, resume: bool, runtime: str) -> Result:
@@ -199,6 +204,8 @@ def announce(driver: Driver, runtime: str) -> None:
     elements = sum(entry.numel for entry in description.layout.entries)
     workers = f"{job.resources.workers} worker{'s' if job.resources.workers > 1 else ''}"
     driver.display.start(f"{elements:,} parameters, {job.strategy.label}, {workers}, {description.transport}")
+    for line in key_lines(plan_of_run(job, description, driver.group.plan_facts())):
+        driver.display.note(line)
     if driver.start_version:
         driver.display.note(f"resuming from step {driver.start_version}")
 

@@ -279,6 +279,12 @@ class WorkerActor:
 
         return answer(self.checkpoints, token, self.rank)
 
+    def plan_facts(self) -> dict[str, Any]:
+        """What a plan wants to know of this rank."""
+        from distml.tasks.traced import plan_facts
+
+        return plan_facts(self.job, self.trainer.task)
+
     def start_weights(self) -> Array:
         """The flat vector [N] that was built, as an object that the driver owns."""
         from distml.exchange.flat import to_numpy

@@ -26,6 +26,7 @@ import numpy as np
 from distml.errors import DistmlError, RunError, UsageError
 from distml.events import Evaluated, Event, Failed, Finished, FirstUpdate, Report, Snapshot, WrittenPart
 from distml.exchange.layout import Array
+from distml.memory import binary_size, is_out_of_memory
 from distml.runs.checkpoints import Checkpoint, CheckpointStore, folder_name
 from distml.runs.directory import RunDirectory
 from distml.runs.display import Display
@@ -67,11 +68,13 @@ class Driver:
         group: the runtime's workers.
         display: where progress is shown.
         started: `time.perf_counter()` when the command began.
+        memory_advice: what a plan says to a job that ran out of memory; asked for when it has.
     """
 
     def __init__(
-        self, job: JobSpec, directory: RunDirectory, group: WorkerGroup, display: Display, started: float
-    ) -> None:
+        self, job: JobSpec, directory: RunDirectory, group: WorkerGroup, display: Display, started: float,
+        memory_advice: Callable[[], str],
+    ) -> None:  # fmt: skip
         self.job, self.directory, self.group, self.display, self.started = job, directory, group, display, started
         self.store = CheckpointStore(directory.checkpoints, job.checkpoint.keep)
         self.agenda = Agenda(job)
@@ -89,6 +92,7 @@ class Driver:
         self.signals = StopSignals(group.request_stop)
         self.result_written_at, self.has_started = 0.0, False
         self.best: dict[str, Any] | None = None
+        self.memory_advice, self.memory_ran_out = memory_advice, False
 
     # -------------------------------------------------------------------------------------------------------- the run
     def build(self, start_weights: Callable[[], dict[str, Array] | None], resume: bool) -> None:
@@ -318,13 +322,32 @@ class Driver:
     def _failed(self, event: Failed) -> None:
         self.directory.logs.mkdir(exist_ok=True)
         (self.directory.logs / f"rank-{event.rank}-error.txt").write_text(event.traceback)
-        error = RunError(event.message, role=f"rank {event.rank}", phase=event.phase, step=event.version)
+        message = self._with_advice(event.message)
+        error = RunError(message, role=f"rank {event.rank}", phase=event.phase, step=event.version)
         raise UsageError(str(error)) if event.version == self.start_version == 0 else error
 
+    def _with_advice(self, cause: str) -> str:
+        """A message; of one that is about memory what is known of it, and what a plan says."""
+        if not is_out_of_memory(cause):
+            return cause
+        resident = self.metrics.get("memory/rank_bytes")
+        had = [f"ranks had {binary_size(resident)} at the last report"] if resident else []
+        return "; ".join(part for part in (cause, *had, self.memory_advice()) if part)
+
+    def _check_memory(self, event: Lost) -> None:
+        """Go on from one death for lack of memory, whose cause may have been another process; not from a second."""
+        if not is_out_of_memory(event.cause):
+            return
+        if self.memory_ran_out:
+            message = f"{self._with_advice(event.cause)}; not restarted again: it was the second time"
+            raise RunError(message, role=event.role, step=self.version)
+        self.memory_ran_out = True
+
     def _recover(self, event: Lost) -> None:
+        self._check_memory(event)
         if self.restarts >= self.job.limits.max_restarts:
-            raise RunError(f"{event.cause}; not restarted again (limits.max_restarts: {self.job.limits.max_restarts})",
-                           role=event.role, step=self.version)  # fmt: skip
+            raise RunError(f"{self._with_advice(event.cause)}; not restarted again (limits.max_restarts: "
+                           f"{self.job.limits.max_restarts})", role=event.role, step=self.version)  # fmt: skip
         self.restarts += 1
         self.metrics["runtime/restarts"] = self.restarts
         self._fetch()

@@ -47,6 +47,10 @@ class WorkerGroup(Protocol):
         """Start the processes and build the task in each; UsageError for what the spec or resources explain."""
         ...
 
+    def plan_facts(self) -> dict[str, Any]:
+        """What a plan of the run wants to know of rank 0 (`tasks/traced.py`), once it is built."""
+        ...
+
     def begin(self, cut: Cut | None) -> None:
         """Connect everyone, load `cut` (None: the weights that were built), and start to train."""
         ...

@@ -127,6 +127,12 @@ class RayRuntime:
         hosts = sorted({f["host"] for f in self.facts.values()})
         return Description(self.layout, facts["frozen"], str(self.transport), hosts)
 
+    def plan_facts(self) -> dict[str, Any]:
+        """Rank 0's."""
+        with self._starting():
+            facts: dict[str, Any] = self._ask({"rank 0": self.workers[0].plan_facts.remote()}, "what it needs")[0]
+        return facts
+
     def _check_injections(self) -> None:
         """Refuse what would never happen: servers that fail where there are none."""
         aimed = next((text for text in self.injections if Injection.parse(text).role == "server"), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,3 +130,18 @@ def rows_of(job: JobSpec) -> int:
     """Examples of one worker's micro-batch: the largest of any rank."""
     share = -(-job.batch_size // job.resources.workers)
     return min(share, job.micro_batch_size or share)
+
+
+def plan_facts(job: JobSpec, task: Task) -> dict[str, Any]:
+    """What a run's plan wants to know of a rank: a language model's activations, and its card (name, bytes).
+
+    Other tasks are not traced here: their runs are to start within milliseconds.
+    """
+    facts: dict[str, Any] = {"saved": 0.0, "peak": 0.0, "unknown": "distml plan traces them", "card": None}
+    if torch.cuda.is_available() and job.resources.gpus_per_worker:
+        found = torch.cuda.get_device_properties(0)
+        facts["card"] = str(found.name), int(found.total_memory)
+    if isinstance(task, TextTask):
+        traced = trace_activations(job, task, rows_of(job))
+        facts |= {"saved": traced.saved, "peak": traced.peak, "unknown": None}
+    return facts

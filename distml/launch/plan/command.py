@@ -10,51 +10,52 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from distml.errors import ExitCode, UsageError
 from distml.launch.plan.cluster import ClusterSpec, read_cluster
 from distml.launch.plan.estimate import Plan, Traced, estimate
-from distml.launch.plan.fit import smallest_change
+from distml.launch.plan.fit import gentlest, levels_of, smallest_change
 from distml.launch.plan.machine import Machine, machine_of
 from distml.launch.plan.places import Places, nodes_of, places_of
-from distml.launch.plan.text import plan_lines, shape_lines
+from distml.launch.plan.text import plan_lines, settings, shape_lines
+from distml.memory import binary_size
 from distml.spec.loader import LoadedSpec, load_train
 from distml.spec.schema import JobSpec
 
 ASSUMED_GPUS_PER_NODE = 8
+WORTH_IT = 0.9  # of the memory: less of a saving is none
 
 
 class Planner:
-    """Plans a spec, and its variations: what is traced is traced once.
+    """Plans a job, and its variations: what is traced is traced once.
 
     Args:
-        spec, overrides: as `load_spec` takes them.
+        loaded: the job.
         cluster: None: this machine.
 
     Raises:
-        UsageError: the spec, or its model.
+        UsageError: its model cannot be built without values.
     """
 
-    def __init__(self, spec: str | dict[str, Any], overrides: Sequence[str], cluster: ClusterSpec | None) -> None:
+    def __init__(self, loaded: LoadedSpec[JobSpec], cluster: ClusterSpec | None) -> None:
         from distml.launch.plan.facts import Facts
         from distml.tasks.traced import NotTracedError
 
-        self.spec, self.overrides, self.cluster = spec, list(overrides), cluster
-        self.loaded: LoadedSpec[JobSpec] = load_train(spec, overrides)
+        self.loaded, self.job, self.cluster = loaded, loaded.job, cluster
+        self.source = json.loads(self.job.model_dump_json(by_alias=True))
         self.machines: dict[str, Machine] = {}
         try:
-            self.facts = Facts(self.loaded)
+            self.facts = Facts(loaded)
         except NotTracedError as error:
-            raise UsageError(f"cannot plan task {self.loaded.job.task.name}: {error}") from error
+            raise UsageError(f"cannot plan task {self.job.task.name}: {error}") from error
 
     def plan(self, job: JobSpec | None = None) -> Plan:
-        """Of the spec, or of a variation of it.
+        """Of the job, or of a variation of it.
 
         Raises:
             UsageError: there is no room for so many workers.
         """
-        job = job or self.loaded.job
+        job = job or self.job
         places = places_of(job, nodes_for(job, self.cluster))
         found = self.facts.activations(job)
         traced = Traced(unknown=found) if isinstance(found, str) else Traced(found.saved, found.peak)
@@ -67,18 +68,27 @@ class Planner:
         return self.machines[key]
 
     def attempt(self, changes: Sequence[str]) -> Plan | None:
-        """The plan with these changes on top; None: they are refused."""
+        """The plan with these changes on top, as `--set` takes them; None: they are refused."""
         try:
-            return self.plan(load_train(self.spec, [*self.overrides, *changes]).job)
+            return self.plan(load_train(self.source, changes, directory=self.loaded.directory).job)
         except UsageError:
             return None
 
     def smallest_change(self) -> list[str] | None:
         """What makes it fit, as `--set` takes it."""
-        job, most = self.loaded.job, None
-        if self.cluster is not None or not job.resources.gpus_per_worker:
-            most = _most_workers(job, self.cluster)
-        return smallest_change(job, most, self.attempt)
+        return smallest_change(levels_of(self.job, self._most_workers()), self.attempt)
+
+    def smaller(self, plan: Plan) -> list[str] | None:
+        """The gentlest single change that saves memory, for a job that does not fit although it should."""
+        limit = WORTH_IT * plan.memory.total
+        return gentlest(levels_of(self.job, self._most_workers()), self.attempt, lambda one: one.memory.total <= limit)
+
+    def _most_workers(self) -> int | None:
+        """That there is room for; more on one machine's CPUs would only share its memory."""
+        workers, gpus, cluster = self.job.resources.workers, self.job.resources.gpus_per_worker, self.cluster
+        if not gpus:
+            return workers
+        return None if cluster is None else cluster.nodes * (cluster.gpus_per_node // gpus)
 
 
 def nodes_for(job: JobSpec, cluster: ClusterSpec | None) -> list[str]:
@@ -89,17 +99,21 @@ def nodes_for(job: JobSpec, cluster: ClusterSpec | None) -> list[str]:
     return [f"node {rank // per_node}" for rank in range(job.resources.workers)]
 
 
-def _most_workers(job: JobSpec, cluster: ClusterSpec | None) -> int:
-    """That there is room for; more on one machine's CPUs would only share its memory."""
-    if cluster is None:
-        return job.resources.workers
-    each = cluster.gpus_per_node // max(1, job.resources.gpus_per_worker)
-    return cluster.nodes * each if job.resources.gpus_per_worker else job.resources.workers
+def memory_advice(loaded: LoadedSpec[JobSpec]) -> str:
+    """What to say of a job that ran out of memory: what it needs, and what would need less; "" where it is unknown."""
+    try:
+        planner = Planner(loaded, None)
+        plan = planner.plan()
+        change = planner.smaller(plan) if plan.fits else planner.smallest_change()
+    except UsageError:
+        return ""
+    said = f"plan says {binary_size(plan.memory.total)} per rank"
+    return f"{said}; try {settings(change)}" if change else said
 
 
 def plan_command(*, spec: str, overrides: list[str], cluster: Path | None, as_json: bool, shapes: bool) -> int:
     """The verb `plan`; its exit code."""
-    planner = Planner(spec, overrides, read_cluster(cluster) if cluster is not None else None)
+    planner = Planner(load_train(spec, overrides), read_cluster(cluster) if cluster is not None else None)
     plan = planner.plan()
     change = None if plan.fits else planner.smallest_change()
     if as_json:

@@ -12,7 +12,7 @@ refuse is none.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from distml.launch.plan.estimate import Plan, micro_batches_of
 from distml.spec.language import TextBlock
@@ -26,48 +26,54 @@ Try = Callable[[Sequence[str]], Plan | None]
 """The plan with these changes laid over the spec; None: the spec's rules refuse them."""
 
 
-def smallest_change(job: JobSpec, most_workers: int | None, attempt: Try) -> list[str] | None:
-    """What to lay over the spec so that it fits, or None if nothing does.
-
-    Args:
-        most_workers: that there is room for; None: as many as one likes.
-    """
-    levels = list(levels_of(job, most_workers))
-    for level in levels:
-        for change in level:
-            if _fits(attempt, change):
-                return list(change)
+def smallest_change(levels: Iterable[list[Change]], attempt: Try) -> list[str] | None:
+    """What to lay over the spec so that it fits, or None if nothing does."""
+    levels = list(levels)
+    alone = gentlest(levels, attempt, lambda plan: plan.fits)
+    if alone is not None:
+        return alone
     chosen: list[Change] = []
     for level in levels:
         best = None
         for change in level:
-            both = [part for one in [*chosen, change] for part in one]
-            plan = attempt(both)
-            if plan is None:
-                continue
-            best = change
-            if plan.fits:
+            plan = attempt(_together([*chosen, change]))
+            if plan is not None and plan.fits:
                 return _needed([*chosen, change], attempt)
+            best = change if plan is not None else best
         chosen += [best] if best is not None else []
     return None
 
 
-def _fits(attempt: Try, changes: Sequence[str]) -> bool:
-    plan = attempt(changes)
-    return plan is not None and plan.fits
+def gentlest(levels: Iterable[list[Change]], attempt: Try, enough: Callable[[Plan], bool]) -> list[str] | None:
+    """The first single change whose plan is good enough."""
+    for level in levels:
+        for change in level:
+            plan = attempt(change)
+            if plan is not None and enough(plan):
+                return list(change)
+    return None
+
+
+def _together(changes: Iterable[Change]) -> list[str]:
+    return [part for change in changes for part in change]
 
 
 def _needed(changes: list[Change], attempt: Try) -> list[str]:
     """Those without which it does not fit."""
     for change in list(changes):
-        without = [part for one in changes if one is not change for part in one]
-        if _fits(attempt, without):
-            changes = [one for one in changes if one is not change]
-    return [part for one in changes for part in one]
+        others = [one for one in changes if one is not change]
+        plan = attempt(_together(others))
+        if plan is not None and plan.fits:
+            changes = others
+    return _together(changes)
 
 
 def levels_of(job: JobSpec, most_workers: int | None) -> Iterator[list[Change]]:
-    """Levels of changes, the gentlest first, each from gentle to harsh."""
+    """Levels of changes, the gentlest first, each from gentle to harsh.
+
+    Args:
+        most_workers: that there is room for; None: as many as one likes.
+    """
     micro, _ = micro_batches_of(job)
     sizes: list[Change] = []
     while micro > 1:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from distml.launch.plan.cluster import CARDS, GIB, ClusterSpec
+from distml.launch.plan.cluster import CARDS, GIB, Card, ClusterSpec
 from distml.launch.plan.places import Places
 from distml.memory import memory_bytes
 from distml.spec.schema import JobSpec
@@ -51,23 +51,29 @@ def machine_of(job: JobSpec, places: Places, cluster: ClusterSpec | None) -> Mac
 
 
 def _gpu(places: Places, cluster: ClusterSpec | None) -> Machine:
-    share, price = UTILISATION, None
-    if cluster is not None and cluster.card is not None:
-        card, name, source = cluster.card, cluster.card_name, "cluster file"
-        memory, share, price = card.memory_gib * GIB, cluster.utilisation, cluster.price_per_gpu_hour
-        tflops = card.tflops
-    elif (found := card_here()) is not None:
-        name, memory, source = found[0], float(found[1]), "this machine's"
-        known = next((card for key, card in CARDS.items() if key in name.lower()), CARDS[ASSUMED_CARD])
-        tflops = known.tflops
-    else:
-        card, name, source = CARDS[ASSUMED_CARD], ASSUMED_CARD, "assumed: no GPU here and no --cluster"
-        memory, tflops = card.memory_gib * GIB, card.tflops
     host = None
     if cluster is not None and cluster.host_memory_gib is not None:
         host = cluster.host_memory_gib * GIB / places.ranks_on_host
-    rate = f"{share:.0%} of {tflops:g} TFLOP/s"
-    return Machine(memory, name, source, share * tflops * 1e12, rate, GPU_PROCESS_BYTES, host, price)
+    if cluster is not None and cluster.card is not None:
+        return _with_card(cluster.card, cluster.card_name, "cluster file", cluster.utilisation, host,
+                          cluster.price_per_gpu_hour)  # fmt: skip
+    if (found := card_here()) is not None:
+        return gpu_machine(*found, "this machine's")
+    return _with_card(CARDS[ASSUMED_CARD], ASSUMED_CARD, "assumed: no GPU here and no --cluster", UTILISATION, host)
+
+
+def gpu_machine(name: str, num_bytes: float, source: str) -> Machine:
+    """A card that was found: its memory is known, its rate if its name is."""
+    known = next((card for key, card in CARDS.items() if key in name.lower()), CARDS[ASSUMED_CARD])
+    return _with_card(replace(known, memory_gib=num_bytes / GIB), name, source, UTILISATION, None)
+
+
+def _with_card(
+    card: Card, name: str, source: str, share: float, host_memory: float | None, price: float | None = None
+) -> Machine:
+    rate = f"{share:.0%} of {card.tflops:g} TFLOP/s"
+    flops = share * card.tflops * 1e12
+    return Machine(card.memory_gib * GIB, name, source, flops, rate, GPU_PROCESS_BYTES, host_memory, price)
 
 
 def _cpu(job: JobSpec, places: Places, cluster: ClusterSpec | None) -> Machine:
@@ -86,14 +92,14 @@ def _cpu(job: JobSpec, places: Places, cluster: ClusterSpec | None) -> Machine:
     return Machine(whole / sharing, each, source, flops, rate, CPU_PROCESS_BYTES)
 
 
-def card_here() -> tuple[str, int] | None:
+def card_here() -> tuple[str, float] | None:
     """Name and bytes of this machine's first GPU; None: there is none."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
-    return str(found.name), int(found.total_memory)
+    return str(found.name), float(found.total_memory)
 
 
 def measured_flops(seconds: float = FEW_SECONDS, size: int = 384) -> float:

@@ -50,9 +50,13 @@ def places_of(job: JobSpec, nodes: Sequence[str]) -> Places:
         transport = INLINE
     else:
         transport = choose(job, nodes).name
-    wired = transport == "process_group" and isinstance(job.strategy, AllReduceSpec)
-    overlaps = wired and (gpus or len(hosts) > 1) and getattr(job.strategy, "compression", None) is None
-    return Places(ranks, len(hosts), max(hosts), gpus, transport, overlaps)
+    return Places(ranks, len(hosts), max(hosts), gpus, transport, overlaps(job, transport, len(hosts)))
+
+
+def overlaps(job: JobSpec, transport: str, hosts: int) -> bool:
+    """Whether sums are taken while backward runs."""
+    plain = isinstance(job.strategy, AllReduceSpec) and job.strategy.compression is None
+    return plain and transport == "process_group" and (bool(job.resources.gpus_per_worker) or hosts > 1)
 
 
 def nodes_of(job: JobSpec, cluster: ClusterSpec) -> list[str]:

@@ -5,6 +5,7 @@ Memory is in GiB (2^30) or MiB, as devices have it; what goes over a wire in pow
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from math import prod
 
@@ -32,7 +33,7 @@ def plan_lines(plan: Plan, change: list[str] | None = None, searched: bool = Fal
         yield f"note: {note}"
     yield verdict(plan)
     if change:
-        yield "smallest change that fits: " + " ".join(f"--set {quoted(one)}" for one in change)
+        yield f"smallest change that fits: {settings(change)}"
     elif searched:
         yield "no smaller micro-batch, checkpointing, zero stage, offload or number of workers makes it fit"
 
@@ -162,6 +163,6 @@ def span(least: float, most: float) -> str:
     return first if first == last else f"{first} to {last}"
 
 
-def quoted(change: str) -> str:
-    """As a shell takes it."""
-    return f"'{change}'" if any(char in change for char in " {}[]*") else change
+def settings(changes: list[str]) -> str:
+    """As a shell takes them."""
+    return " ".join(f"--set {shlex.quote(change)}" for change in changes)
