@@ -1,0 +1,137 @@
+"""Checkpoints in parts, of runs in one process: any strategy goes on from them; no death while writing harms them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from own.on_ray import Notes
+from own.oracle import OWN, same, saved, spec_of
+from own.rhyming import assert_alike, chain, rhyming, zero
+
+import distml
+from distml.errors import UsageError
+from distml.runs.checkpoints import CheckpointStore
+
+FLOAT = {"dtype": "float32"}
+STEMS = ("model", "optimizer")
+
+
+@pytest.fixture(autouse=True)
+def _in_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(OWN)
+
+
+def run(out: Path, spec: dict, **keys) -> tuple[distml.Result, list[str]]:
+    notes = Notes()
+    return distml.run(spec, out=out, runtime="inline", display=notes, **keys), notes.lines
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory) -> Path:
+    """The oracle: never interrupted, one strategy, checkpoints in one file."""
+    out = tmp_path_factory.mktemp("reduced") / "run"
+    chain(out, [("all_reduce", 1, 40)])
+    return out
+
+
+def test_each_strategy_goes_on_from_the_others_checkpoints(reduced, tmp_path):
+    result = chain(tmp_path / "run", [(zero(3), 1, 10), ("all_reduce", 1, 20), (zero(1), 1, 30), (zero(2), 1, 40)])
+    assert_alike(reduced, tmp_path / "run")
+    losses = [distml.run(rhyming("all_reduce", 1, 40), out=reduced).metrics, result.metrics]
+    for name in ("eval/loss", "test/loss"):
+        assert losses[0][name] == pytest.approx(losses[1][name], abs=1e-5)
+    model, on_disk = result.model().state_dict(), saved(tmp_path / "run")["model"]
+    assert same({name: model[name].numpy() for name in on_disk}, on_disk)
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", 1)
+    files = {step: sorted(path.name for path in (store.root / f"step-{step:08d}").glob("model*")) for step in (10, 20)}
+    assert files == {10: ["model-00001-of-00001.safetensors"], 20: ["model.safetensors"]}
+
+
+def test_moments_that_are_dropped_are_missed(reduced, tmp_path, monkeypatch):
+    """The control: with weights alone the chain comes to something else."""
+    from distml.runs.parts import PartReader
+
+    read = PartReader.read
+    monkeypatch.setattr(
+        PartReader, "read", lambda self, kind, *rest: read(self, kind, *rest) if kind == "model" else None
+    )
+    chain(tmp_path / "run", [("all_reduce", 1, 20), (zero(2), 1, 40)])
+    with pytest.raises(AssertionError):
+        assert_alike(reduced, tmp_path / "run")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_buffers_and_frozen_weights_are_in_the_parts_too(stage, tmp_path):
+    """Running statistics, an integer count, and a frozen layer that was given; all over a resume."""
+    source, _ = run(tmp_path / "source", small("bn:BN", "all_reduce", 4))
+    given = saved(source.directory)["model"]
+    init = {"from": str(tmp_path / "source"), "freeze": ["norm.*"]}
+    run(tmp_path / "whole", small("bn:BN", zero(stage), 12, init=init))
+    run(tmp_path / "parts", small("bn:BN", zero(stage), 6, init=init))
+    shutil.rmtree(tmp_path / "source")
+    _, notes = run(tmp_path / "parts", small("bn:BN", zero(stage), 12, init=init))
+    assert "resuming from step 6" in notes
+    whole, parts = saved(tmp_path / "whole")["model"], saved(tmp_path / "parts")["model"]
+    assert same(whole, parts)
+    assert same({"norm.weight": given["norm.weight"]}, {"norm.weight": whole["norm.weight"]})
+    assert int(whole["seen"]) == int(given["seen"]) + 12 * 12
+    assert not np.array_equal(whole["norm.running_mean"], given["norm.running_mean"])
+    result, notes = run(tmp_path / "parts", small("bn:BN", "all_reduce", 20, init=init))
+    assert (result.step, "resuming from step 12" in notes) == (20, True)
+
+
+def small(task: str, strategy, steps: int, **changes) -> dict:
+    return spec_of({"name": task, "args": FLOAT}, strategy=strategy, steps=steps, **changes)
+
+
+def test_another_model_is_refused_in_one_line(tmp_path):
+    run(tmp_path / "run", small("small:Small", zero(2), 4))
+    (tmp_path / "run" / "spec.yaml").write_text(
+        (tmp_path / "run" / "spec.yaml").read_text().replace("float32", "float32, hidden: 64"))  # fmt: skip
+    task = {"name": "small:Small", "args": {**FLOAT, "hidden": 64}}
+    with pytest.raises(UsageError, match=r"another model: 0.weight has shape \(128, 5\) there, \(64, 5\) here"):
+        run(tmp_path / "run", spec_of(task, strategy=zero(2), steps=8))
+
+
+def test_a_damaged_part_is_passed_over_and_said(tmp_path):
+    whole, _ = run(tmp_path / "whole", small("small:Small", zero(2), 12, checkpoint={"every": 4, "keep": 3}))
+    run(tmp_path / "run", small("small:Small", zero(2), 8, checkpoint={"every": 4, "keep": 3}))
+    newest = tmp_path / "run" / "checkpoints" / "step-00000008" / "model-00001-of-00001.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-5] ^= 1
+    newest.write_bytes(data)
+    _, notes = run(tmp_path / "run", small("small:Small", zero(2), 12, checkpoint={"every": 4, "keep": 3}))
+    assert any("step-00000008 is damaged" in note and "using step-00000004" in note for note in notes)
+    assert "resuming from step 4" in notes
+    assert same(saved(whole.directory)["model"], saved(tmp_path / "run")["model"])
+
+
+def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before(tmp_path):
+    """SIGKILL, with a file on the disk that has a header and no values."""
+    spec = rhyming(zero(2), 1, 30)
+    run(tmp_path / "whole", spec)
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec))
+    command = [sys.executable, "-m", "distml", "run", str(tmp_path / "job.yaml"), "--out", str(tmp_path / "parts"),
+               "--inject", "kill:rank=0,step=19,at=save"]  # fmt: skip
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    store = CheckpointStore(tmp_path / "parts" / "checkpoints", 9)
+    (left,) = store.ranks_folders()
+    assert left.name.startswith("step-00000020.")
+    assert {path.name for path in left.iterdir()} == {f"{stem}-00001-of-00001.safetensors" for stem in STEMS}
+    assert store.newest_good(print).step == 10
+    _, notes = run(tmp_path / "parts", yaml.safe_load((tmp_path / "job.yaml").read_text()))
+    assert "resuming from step 10" in notes
+    assert store.ranks_folders() == []
+    one, other = saved(tmp_path / "whole"), saved(tmp_path / "parts")
+    assert same(one["model"], other["model"])
+    assert same(one["optimizer"], other["optimizer"])
