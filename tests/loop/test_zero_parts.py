@@ -101,6 +101,27 @@ def test_another_model_is_refused_in_one_line(tmp_path):
         run(tmp_path / "run", spec_of(task, strategy=zero(2), steps=8))
 
 
+def test_evaluated_versions_that_are_not_the_best_do_not_stay_on_the_disk(tmp_path):
+    """Each evaluated version is written, as it may be the best; the run looks at what is there at every report."""
+
+    class Looking(Notes):
+        seen: list[int] = []
+
+        def report(self, step: int, fraction: float, row: dict) -> None:
+            self.seen.append(len(CheckpointStore(tmp_path / "run" / "checkpoints", 1).ranks_folders()))
+
+    values = [0.9, 0.5, 0.4, 0.3, 0.2, 0.95, 0.1, 0.1]
+    task = {"name": "script:Script", "args": {**FLOAT, "values": values}}
+    best = {"metric": "eval/score", "mode": "max"}
+    spec = spec_of(task, strategy=zero(2), steps=24, evaluate={"every": 3}, log={"every": 1, "to": []},
+                   checkpoint={"every": 100, "keep": 1, "best": best})  # fmt: skip
+    result = distml.run(spec, out=tmp_path / "run", runtime="inline", display=Looking())
+    assert len(Looking.seen) == 24
+    assert max(Looking.seen) == 0
+    assert result.best == {"metric": "eval/score", "step": 18, "value": 0.95}
+    assert CheckpointStore(tmp_path / "run" / "checkpoints", 1).steps() == [18, 24]
+
+
 def test_a_damaged_part_is_passed_over_and_said(tmp_path):
     whole, _ = run(tmp_path / "whole", small("small:Small", zero(2), 12, checkpoint={"every": 4, "keep": 3}))
     run(tmp_path / "run", small("small:Small", zero(2), 8, checkpoint={"every": 4, "keep": 3}))
