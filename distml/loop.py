@@ -143,7 +143,9 @@ class Trainer:
 
     def connect(self, group: Group | None, channel: Channel | None) -> None:
         """Take the way to the other processes."""
+        states = random_states()  # a model may be built in there, from the run's seed
         self.strategy.connect(group, channel)
+        set_random_states(states)
         self.model = self.strategy.model
 
     # ------------------------------------------------------------------------------------------------------- the loop

@@ -98,6 +98,11 @@ class SumScaler:
         scale: float = self.inner.cur_scale * self.world_size / self.nominal
         return loss * scale
 
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by lest small gradients vanish; 1 except under fp16."""
+        return float(self.inner.cur_scale)
+
     def expect(self, count: float) -> None:
         """The gradients of this step are a sum over so many; over nothing, they are zero."""
         self.cur_scale = self.inner.cur_scale * (count / self.nominal if count else 1.0)
@@ -163,13 +168,16 @@ class ShardedEngine:
         self, loss: Callable[..., Any], model: nn.Module, parameters: Sequence[nn.Parameter],
         optimizer: torch.optim.Optimizer, config: dict[str, Any], group: ProcessGroup, nominal: float,
     ) -> None:  # fmt: skip
-        self.group, self.parameters = group, list(parameters)
+        self.group = group
+        self.parameters: list[Any] = list(parameters)  # with attributes of DeepSpeed
         self.index = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         whole, deepspeed = _Total(loss, model), library(parameters[0].device)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=config)
         self.scaler = SumScaler(self.optimizer.loss_scaler, group.size, nominal)
         self.optimizer.loss_scaler = self.scaler
         self.cuts_weights = bool(self.engine.zero_optimization_partition_weights())
+        if self.cuts_weights:
+            gather_outside_the_loss(model)
 
     # ------------------------------------------------------------------------------------------------------- one step
     def __call__(self, last: bool, *arguments: Any) -> Any:
@@ -272,9 +280,51 @@ class ShardedEngine:
             if zero.persistent_parameters:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
+    def live_bytes(self) -> dict[str, int]:
+        """Bytes that are held now: of the weights, the gradients, the optimiser (with its float32 weights)."""
+        zero = self.optimizer
+        if self.cuts_weights:
+            weights = [tensor for p in self.parameters for tensor in (p.data, p.ds_tensor)]
+            gradients = [*(p.grad for p in self.parameters), zero.grad_partitions_flat_buffer]
+            flats = zero.fp32_partitioned_groups_flat
+        else:
+            weights = [p.data for p in self.parameters]
+            kept = [tensor for tensors in zero.averaged_gradients.values() for tensor in tensors or ()]
+            gradients = [*kept, *(tensor for p in self.parameters for tensor in (p.grad, p.grad_accum))]
+            flats = zero.single_partition_of_fp32_groups
+        moments = [value for flat in flats for value in vectors(zero.optimizer.state.get(flat, {}), flat).values()]
+        seen: set[int] = set()
+        return {"weights": unseen_bytes(weights, seen), "gradients": unseen_bytes(gradients, seen),
+                "optimizer": unseen_bytes([*flats, *moments], seen)}  # fmt: skip
+
     def close(self) -> None:
         """Take DeepSpeed's hooks off the module."""
         self.engine.destroy()
+
+
+def gather_outside_the_loss(model: nn.Module) -> None:
+    """Let evaluations use weights that one submodule has and another reads (tied ones), as the loss may.
+
+    DeepSpeed gathers these when they are read, but only while its own forward runs.
+    """
+    from deepspeed.runtime.zero.parameter_offload import ensure_zero_ordered_dict
+
+    def reads(inside: bool) -> None:
+        for module in model.modules():
+            ensure_zero_ordered_dict(module)
+            module._parameters._in_forward = inside  # type: ignore[attr-defined]
+
+    model.register_forward_pre_hook(lambda module, _: None if module.training else reads(True))
+    model.register_forward_hook(lambda module, *_: None if module.training else reads(False), always_call=True)
+
+
+def unseen_bytes(tensors: Sequence[Tensor | None], seen: set[int]) -> int:
+    """Bytes of their storages that are not in `seen`, where they are noted."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+                for tensor in tensors if tensor is not None}  # fmt: skip
+    found = sum(size for place, size in storages.items() if place not in seen)
+    seen |= set(storages)
+    return found
 
 
 def vectors(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:

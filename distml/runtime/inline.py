@@ -304,6 +304,7 @@ class InlineRuntime:
     ) -> None:
         self.job, self.sources, self.injections, self.directory = job, sources, injections, directory
         self.size = job.resources.workers
+        self.trainers: list[Trainer] = []
         self.threads: list[threading.Thread] = []
         self.queue: queue.Queue[Event | None] = queue.Queue()
         self.handled = threading.Event()
@@ -312,9 +313,11 @@ class InlineRuntime:
 
     def build(self, start_weights: Mapping[str, Array] | None) -> Description:
         """Build every worker's replica in turn."""
+        if self.job.strategy.keeps_parts and self.size > 1:
+            raise UsageError(f"strategy {self.job.strategy.label} with {self.size} workers needs as many processes, "
+                             "and inline is one; use --runtime ray, or set resources.workers to 1")  # fmt: skip
         torch.set_num_threads(self.job.resources.cpus_per_worker)
         self.sources.install()
-        self.trainers = []
         self.states = []
         for rank in range(self.size):
             trainer = Trainer(self.job, build_task(self.job), rank, self.size, injections=self.injections)
@@ -453,3 +456,5 @@ class InlineRuntime:
             self.handled.set()
             for thread in self.threads:
                 thread.join(timeout=5.0)
+        for trainer in self.trainers:
+            trainer.strategy.close()

@@ -32,16 +32,14 @@ from distml.spec.zero import ZeroSpec
 from distml.strategies.base import MODEL, Piece, ReadPiece, Strategy, TaskModule
 from distml.strategies.moments import moment_names
 from distml.strategies.optimizer import group_values
-from distml.strategies.zero_config import engine_config
-from distml.tasks.base import Loss, Task
+from distml.strategies.zero_config import engine_config, ring_passes
+from distml.tasks.base import Loss, Mean, Task
 
 TORCH_NAMES = {"momentum": "momentum_buffer"}  # a moment's name here -> in torch's optimisers, where they differ
 
 
 class Zero(Strategy):
     """One rank of W; what it holds is `engine`'s."""
-
-    keeps_parts = True
 
     # ------------------------------------------------------------------------------------------------------- building
     def prepare(self, task: Task, start_weights: Mapping[str, Array] | None, dataset_size: int | None) -> nn.Module:
@@ -65,10 +63,13 @@ class Zero(Strategy):
 
     def _take_parameters(self, phase_patterns: list[str], group_patterns: list[str]) -> None:
         self.layout, self.parameters = index_of(self.model, phase_patterns, group_patterns)
+        if self.parameters[0].dtype != torch.float32:
+            raise UsageError(f"strategy zero updates float32 weights, those of {type(self.task).__name__} are "
+                             f"{self.parameters[0].dtype}; use model.float(), or strategy all_reduce")  # fmt: skip
 
     def _build(self) -> None:
         self._group: Group | None = None
-        self.updates = self.skipped = 0
+        self.updates = self.skipped = self._micro_batches = 0
         self._frozen = {name: tensor.clone() for name, tensor in frozen_of(self.model, self.layout).items()}
         values = [] if self.in_pieces else [parameter.data for parameter in self.parameters]
         self._fingerprint = fingerprint_of(self.layout, values, self._frozen)
@@ -114,25 +115,53 @@ class Zero(Strategy):
 
     # ------------------------------------------------------------------------------------------------------- one step
     def _forward(self, last: bool, *arguments: Any) -> Loss:
+        self._micro_batches += 1
         loss: Loss = self.engine(last, *arguments)
         return loss
 
-    def _backward(self, total: Tensor) -> None:
+    def backward(self, loss: Loss) -> None:
+        total = loss.total if loss.total.requires_grad else self._touching_all(loss.total)
         self.engine.backward(total)
+        self._count += loss.count
+
+    def _touching_all(self, total: Tensor) -> Tensor:
+        """A loss without a gradient, with a gradient of zeros: every rank's backward is a collective."""
+        if self.stage == 3:
+            raise ValueError("the loss does not depend on the weights, and under zero/3 backward is a collective; "
+                             "keep it attached (multiply by 0), or use stage 1 or 2")  # fmt: skip
+        return torch.stack([0.0 * parameter.sum() for parameter in self.parameters]).sum() + total
 
     def _exchange(self, phase: int, count: float, last: bool) -> None:
         tail = torch.tensor(self._tail(), dtype=torch.float64)
+        before = self.group.bytes_sent
         self.group.all_reduce(tail)
+        self.meter.bytes_sent += self.group.bytes_sent - before + self._bytes_sent()
         version, summed = self.progress.version, tail.tolist()
         for settings, number in zip(self.engine.groups, self.group_numbers, strict=True):
             settings.update(group_values(self.job.optimizer, number, version, self.agenda.budget_steps))
-        if self.engine.step(summed[COUNT]):
+        self._update(summed[COUNT], version)
+        self._end_step(summed)
+
+    def _update(self, count: float, version: int) -> None:
+        """Update by the gradients, a sum over `count`; fp16's may overflow under a loss scale that was too high."""
+        if self.engine.step(count):
             self.updates += 1
-            if self._needs_norm(version, last):
+            if self._needs_norm(version, last=True):
                 self.meter.grad_norm = self.engine.grad_norm()
+        elif self.job.precision != "fp16":
+            raise FloatingPointError(f"the gradients are not finite at step {version}")
         else:
             self.skipped += 1
-        self._end_step(summed)
+        if self.job.precision == "fp16":  # the same on all ranks: no sums, but the newest values
+            self.meter.means["loss_scale"] = Mean(self.engine.scaler.loss_scale, 1.0)
+            self.meter.means["skipped_steps"] = Mean(float(self.skipped), 1.0)
+
+    def _bytes_sent(self) -> int:
+        """What this rank has sent in the step, as little as the stage allows; DeepSpeed counts nothing."""
+        size, passes = self.group.size, ring_passes(self.stage, self._micro_batches)
+        self._micro_batches = 0
+        element_bytes = 4 if self.job.precision == "fp32" else 2
+        return round(passes * (size - 1) / size * element_bytes * self.layout.numel)
 
     # ----------------------------------------------------------------------------------------------------------- state
     def is_finite(self) -> bool:

@@ -86,6 +86,15 @@ def engine_config(job: JobSpec, num_parameters: int, largest: int) -> dict[str, 
     return laid_over(own, job.strategy.deepspeed)
 
 
+def ring_passes(stage: int, micro_batches: int) -> int:
+    """How often (W - 1) / W of the weights' bytes leave each rank in a step (Rajbhandari et al. 2020, section 7).
+
+    Stage 1: gradients reduced, new weights gathered. 2: the first in every micro-batch. 3: in each, weights gathered
+    for forward and again for backward, and gradients reduced.
+    """
+    return {1: 2, 2: micro_batches + 1, 3: 3 * micro_batches}[stage]
+
+
 def zero_block(strategy: ZeroSpec, sizes: BucketSizes) -> dict[str, Any]:
     """The block `zero_optimization`."""
     block: dict[str, Any] = {
