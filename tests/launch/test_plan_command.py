@@ -1,0 +1,251 @@
+"""`distml plan` as a user sees it: what is printed, exit codes, cluster files, and changes that make a job fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from own.oracle import OWN, job_of, spec_of
+
+from distml.cli import main
+from distml.errors import UsageError
+from distml.launch.plan.cluster import ClusterSpec, GPUSpec, read_cluster
+from distml.launch.plan.estimate import Traced, estimate, micro_batches_of
+from distml.launch.plan.fit import levels_of, smallest_change
+from distml.launch.plan.machine import machine_of
+from distml.launch.plan.places import nodes_of, places_of
+from distml.launch.plan.states import Size
+from distml.launch.plan.text import seconds
+from distml.memory import binary_size
+from distml.spec.loader import load_spec
+
+CLUSTER = """\
+nodes: 2
+gpus_per_node: 8
+gpu: {gpu}
+host_memory_gib: 2000
+links:
+  intra: {{latency_us: 5, gb_per_s: 400}}
+  inter: {{latency_us: 15, gb_per_s: 50}}
+price_per_gpu_hour: 2.0
+"""
+JOB = """\
+distml: v1
+name: small-gpt
+task: {name: language_model, data: text.txt, block: 64, model: {name: gpt, layers: 4, width: 64, vocabulary: 4096}}
+strategy: {name: zero, stage: 1}
+precision: bf16
+batch_size: 64
+stop: {steps: 10}
+resources: {workers: 4, gpus_per_worker: 1}
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text(JOB)
+    (tmp_path / "text.txt").write_text("\n\n".join("a line of some words\n" * 20 for _ in range(60)))
+    (tmp_path / "big.yaml").write_text(CLUSTER.format(gpu="h100"))
+    return tmp_path
+
+
+def planned(capsys, *arguments) -> tuple[int, dict]:
+    code = main(["plan", *arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------------------------- the verb
+def test_a_plan_is_one_screen_and_the_same_each_time(here, capsys):
+    assert main(["plan", "job.yaml", "--cluster", "big.yaml", "--shapes"]) == 0
+    out = capsys.readouterr().out
+    assert main(["plan", "job.yaml", "--cluster", "big.yaml", "--shapes"]) == 0
+    assert capsys.readouterr().out == out
+    assert len(out.splitlines()) < 50
+    assert all(len(line) < 130 for line in out.splitlines())
+    assert re.search(r"layers\.\*\.mlp\.up\.weight +256 x 64 +16,384  x 4", out)
+    assert re.search(r"weights +\d+\.\d KiB", out)
+    assert re.search(r"of 79\.6 GiB, h100 \(cluster file\)", out)
+    assert out.splitlines()[-1].startswith("fits: ")
+
+
+def test_json_has_the_numbers_of_the_text(here, capsys):
+    code, plan = planned(capsys, "job.yaml", "--cluster", "big.yaml")
+    assert code == 0
+    size, memory = plan["parameters"], plan["memory"]
+    assert memory["model_states"] == pytest.approx(4 * size + 12 * size / 4)
+    assert memory["total"] == pytest.approx(
+        memory["model_states"] + sum(memory["buffers"].values()) + memory["process"]
+        + max(memory["activations"]["peak"], sum(memory["at_update"].values())))  # fmt: skip
+    assert plan["step"]["tokens"] == 64 * 64
+    assert plan["all_states"] == 16 * size
+    assert plan["fits"]
+    assert plan["smallest_change"] is None
+
+
+def test_a_card_that_is_too_small_is_exit_4_and_the_change_that_is_printed_fits(here, capsys):
+    (here / "tiny.yaml").write_text(CLUSTER.format(gpu="{memory_gib: 0.78, tflops: 10}"))
+    code, plan = planned(capsys, "job.yaml", "--cluster", "tiny.yaml")
+    assert code == 4
+    assert plan["over"] == "device"
+    assert main(["plan", "job.yaml", "--cluster", "tiny.yaml"]) == 4
+    last = capsys.readouterr().out.splitlines()[-1]
+    options = shlex.split(last.removeprefix("smallest change that fits: "))
+    assert options[1] == plan["smallest_change"][0] == "micro_batch_size=4"
+    code, plan = planned(capsys, "job.yaml", "--cluster", "tiny.yaml", *options)
+    assert code == 0
+
+
+def test_where_nothing_helps_that_is_said(here, capsys):
+    (here / "none.yaml").write_text(CLUSTER.format(gpu="{memory_gib: 0.1, tflops: 10}"))
+    assert main(["plan", "job.yaml", "--cluster", "none.yaml"]) == 4
+    assert capsys.readouterr().out.splitlines()[-1].startswith("no smaller micro-batch")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["job.yaml", "--cluster", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["job.yaml", "--cluster", "big.yaml", "--set", "resources.workers=32"], "has room for 16"),
+        (["job.yaml", "--set", "task.model.heads=3"], "heads"),
+        (["rllib-ppo-cartpole"], "kind rllib"),
+    ],
+)
+def test_what_a_user_can_mend_is_exit_2(here, capsys, arguments, phrase):
+    assert main(["plan", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert phrase in err
+    assert err.count("\n") == 1
+
+
+def test_shipped_jobs_of_every_sort_are_planned(here, capsys):
+    for name in ("digits-ps-async", "digits-cnn", "a2c-cartpole", "own-task"):
+        code, plan = planned(capsys, name)
+        assert code == 0
+        assert (plan["memory"]["activations"]["unknown"] is not None) == (name == "a2c-cartpole")
+
+
+# -------------------------------------------------------------------------------------------------------- cluster files
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nodes: 2\ngpu: h100\n", ":2:1: gpu is given, and gpus_per_node is 0; set it"),
+        ("gpus_per_node: 8\n", ":1:1: gpus_per_node is 8, and the key 'gpu' is missing"),
+        ("gpus_per_node: 8\ngpu: h10\n", ":2:6: unknown gpu 'h10'; did you mean 'h100'?"),
+        ("gpus_per_node: 8\ngpu: {memory_gib: 80}\n", ":2:1: gpu needs a name, or memory_gib and tflops"),
+        ("node: 2\n", ":1:1: unknown key 'node'; did you mean 'nodes'?"),
+        ("nodes: two\n", ":1:8: nodes must be an integer"),
+        ("links: {intra: {latency_us: 1}}\n", ":1:16: the key 'gb_per_s' is missing in links.intra"),
+        ("cluster_name: mine\n", ":1:1: this is a file for ray up"),
+        ("- 1\n", ":1:1: a cluster file must be a mapping"),
+        ("", ":1:1: a cluster file must be a mapping of keys, it is empty"),
+    ],
+)
+def test_a_wrong_cluster_file_is_one_line_that_points(tmp_path, text, said):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        read_cluster(file)
+    assert f"{file}{said}" in str(caught.value)
+
+
+def test_numbers_go_before_those_of_a_cards_name(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("gpus_per_node: 8\ngpu: {name: h100, memory_gib: 94}\n")
+    card = read_cluster(file).card
+    assert (card.memory_gib, card.tflops) == (94, 989)
+
+
+# -------------------------------------------------------------------------------------------------- the smallest change
+def attempts(spec, width, cluster):
+    """Plans of a spec's variations, with activations as a straight line instead of a trace."""
+
+    def attempt(changes):
+        try:
+            job = load_spec(spec, changes, directory=OWN).job
+        except UsageError:
+            return None
+        rows, _ = micro_batches_of(job)
+        layers = 1 if job.task.model.activation_checkpointing else 8
+        traced = Traced(0.0, rows * layers * 4.0 * job.task.block * width)
+        places = places_of(job, nodes_of(job, cluster))
+        return estimate(
+            job, Size({"w": (width, width * 100)}), traced, places, machine_of(job, places, cluster), cluster
+        )
+
+    return attempt
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(
+    width=st.sampled_from([256, 1024, 4096]), strategy=st.sampled_from(["all_reduce", "zero"]),
+    memory=st.floats(0.8, 6.0), batch_size=st.sampled_from([16, 64]), precision=st.sampled_from(["fp32", "bf16"]),
+)  # fmt: skip
+def test_what_is_suggested_fits_when_it_is_planned_again(width, strategy, memory, batch_size, precision):
+    """And nothing in it can be left out."""
+    gpu = GPUSpec(memory_gib=memory, tflops=10.0)
+    cluster = ClusterSpec(nodes=4, gpus_per_node=4, gpu=gpu, host_memory_gib=64.0)
+    task = {"name": "language_model", "block": 512, "model": {"name": "gpt", "width": 64}}
+    spec = spec_of(task, strategy=strategy, precision=precision, batch_size=batch_size, optimizer={"name": "adamw"})
+    spec["resources"] = {"workers": 2, "gpus_per_worker": 1}
+    attempt = attempts(spec, width, cluster)
+    assume(not attempt([]).fits)
+    change = smallest_change(levels_of(job_of(spec), 16), attempt)
+    if change is None:
+        harshest = ["micro_batch_size=1", "task.model.activation_checkpointing=true",
+                    "strategy={name: zero, stage: 3, offload: [optimizer, parameters]}"]  # fmt: skip
+        assert not attempt(harshest).fits
+        return
+    assert attempt(change).fits
+    for left_out in change:
+        fewer = attempt([one for one in change if one != left_out])
+        assert fewer is None or not fewer.fits
+
+
+def test_gentle_changes_are_tried_first():
+    job = job_of(spec_of({"name": "language_model", "model": {"name": "gpt"}}, batch_size=8) | {
+        "resources": {"workers": 2, "gpus_per_worker": 1}})  # fmt: skip
+    first = [level[0][0] for level in levels_of(job, 4)]
+    assert first == ["micro_batch_size=2", "task.model.activation_checkpointing=true",
+                     "strategy={name: zero, stage: 1}", 'strategy.offload=["optimizer"]',
+                     "resources.workers=4"]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ in a run
+def test_a_run_says_it_first(here, capsys):
+    code = main(["run", "digits-single", "--set", "stop={steps: 2}", "--out", "out"])
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 0
+    assert re.fullmatch(
+        r"plan: fits: [\d.]+ MiB of [\d.]+ GiB per rank, activations not counted; states 150\.2 KiB", lines[1]
+    )
+    assert re.fullmatch(r"plan: each step sends 0 B per rank and takes about .*s", lines[2])
+
+
+def test_a_language_models_run_counts_its_activations(here, capsys):
+    sets = ("strategy=single", "resources={workers: 1}", "precision=fp32", "batch_size=8", "stop.steps=1",
+            "task.model={name: gpt, layers: 1, width: 32}", "evaluate.every=100")  # fmt: skip
+    options = [part for one in sets for part in ("--set", one)]
+    assert main(["run", "job.yaml", *options, "--out", "out"]) == 0
+    said = capsys.readouterr().out.splitlines()[1]
+    assert "not counted" not in said
+    code, plan = planned(capsys, "job.yaml", *options)
+    assert code == 0
+    assert said == key_lines_of(plan)
+
+
+def key_lines_of(plan) -> str:
+    """The first of them, from the JSON of a plan."""
+    memory = plan["memory"]
+    return (f"plan: fits: {binary_size(memory['total'])} of {binary_size(plan['device']['memory'])} per rank; "
+            f"states {binary_size(memory['model_states'])}")  # fmt: skip
+
+
+def test_seconds_read_well():
+    read = [seconds(value) for value in (0.0, 2e-6, 0.0123, 5.0, 86400.0 * 3)]
+    assert read == ["0 ms", "2 us", "12.3 ms", "5.0 s", "3.0 days"]
