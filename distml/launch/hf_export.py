@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,13 +25,10 @@ from distml.launch.hf import CONFIG, WEIGHTS, config_of, to_hf
 from distml.runs.tensors import HashingFile, TensorWriter, widest_first
 from distml.tasks.bert import BERT
 from distml.tasks.gpt import GPT
-from distml.tasks.tokenizers import END, MASK, ByteTokenizer, CharacterTokenizer, LibraryTokenizer, Tokenizer
-
-if TYPE_CHECKING:
-    import tokenizers
+from distml.tasks.library_tokenizers import as_library
+from distml.tasks.tokenizers import Tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-OTHER = "<|other|>"  # what stands for characters that a character tokeniser does not know
 TOLERANCE = 1e-5  # of logits, relative to the largest where that is above 1
 CHECKED_EXAMPLES, CHECKED_TOKENS = 2, 64
 
@@ -123,41 +120,3 @@ def load_with_transformers(folder: Path, causal: bool) -> Any:
     if wrong:
         raise RuntimeError(f"transformers does not find {wrong[0]} in the export")
     return model.eval()
-
-
-# ----------------------------------------------------------------------------------------------------------- tokenisers
-def as_library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """A tokeniser of the `tokenizers` library that gives the same tokens."""
-    if isinstance(tokenizer, LibraryTokenizer):
-        return tokenizer.library
-    assert isinstance(tokenizer, ByteTokenizer | CharacterTokenizer)
-    library = _bytes() if isinstance(tokenizer, ByteTokenizer) else _characters(tokenizer.characters)
-    library.add_special_tokens([END] if tokenizer.mask is None else [END, MASK])
-    return library
-
-
-def _bytes() -> tokenizers.Tokenizer:
-    """Byte-pair encoding without a pair. It writes a byte as the character of that code if that can be seen, the others
-    as those from 256 on."""
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers
-
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    unseen = [byte for byte in range(256) if byte not in seen]
-    vocabulary = {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
-    library = Library(models.BPE(vocab=vocabulary, merges=[]))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    library.decoder = decoders.ByteLevel()
-    return library
-
-
-def _characters(characters: list[str]) -> tokenizers.Tokenizer:
-    """A word of its own for each character."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Library
-
-    vocabulary = {character: index for index, character in enumerate([*characters, OTHER])}
-    library = Library(models.WordLevel(vocab=vocabulary, unk_token=OTHER))
-    library.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    library.decoder = decoders.Fuse()
-    return library

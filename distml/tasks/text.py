@@ -25,6 +25,7 @@ from distml.spec.language import BPESpec, MaskedLanguageModelSpec
 from distml.spec.language_rules import RUN_TOKENIZER, TextTaskSpecs, is_token_folder
 from distml.spec.schema import InitSpec, JobSpec
 from distml.tasks.corpus import SPLITS, File, deal, documents_of, find_files, read
+from distml.tasks.library_tokenizers import same_tokens
 from distml.tasks.tokenizers import Tokens, make_tokenizer, read_tokenizer
 from distml.tasks.tokens import TokenFolder, build_once, write_folder
 
@@ -91,9 +92,10 @@ def check_source(init: InitSpec, source: str, text: TokenFolder) -> None:
                  (folder / RUN_TOKENIZER).is_file()), None)  # fmt: skip
     if kept is None or not any(fnmatch.fnmatchcase(EMBEDDING, pattern) for pattern in init.only):
         return
-    if hashlib.sha256(kept.read_bytes()).hexdigest() != text.meta.tokenizer:
+    tokenizer = read_tokenizer(kept)
+    if not same_tokens(tokenizer, text.tokenizer):
         raise UsageError(
-            f"init.from {source} has another tokeniser ({read_tokenizer(kept).vocabulary} tokens) than this job "
+            f"init.from {source} has another tokeniser ({tokenizer.vocabulary} tokens) than this job "
             f"({text.meta.vocabulary} tokens), so that its embedding stands for other tokens; "
             f"set task.tokenizer: {{name: file, path: {kept}}}, or leave {EMBEDDING} out of init.only"
         )

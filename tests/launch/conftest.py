@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,34 @@ def tiny_spec() -> dict:
 def tiny(_finished, tmp_path) -> Path:
     """A finished run's directory, to do with as one likes."""
     return Path(shutil.copytree(_finished, tmp_path / "tiny"))
+
+
+LANGUAGE_SPEC = {
+    "distml": "v1",
+    "name": "letters",
+    "task": {
+        "name": "language_model", "data": {"path": "text.txt"}, "block": 24, "tokenizer": {"name": "characters"},
+        "model": {"name": "gpt", "layers": 2, "heads": 2, "width": 32},
+    },
+    "strategy": "single",
+    "optimizer": {"name": "adamw", "lr": 1.0e-2},
+    "batch_size": 16,
+    "stop": {"steps": 120},
+    "evaluate": {"every": 120},
+    "log": {"to": []},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def language_run(tmp_path_factory) -> Path:
+    """A finished run of a small GPT on lines that say one thing; not to be changed."""
+    folder = tmp_path_factory.mktemp("language")
+    lines = (f"line {number} says: one thing after another.\n\n" for number in range(300))
+    (folder / "text.txt").write_text("".join(lines))
+    spec = folder / "letters.yaml"
+    spec.write_text(json.dumps(LANGUAGE_SPEC))
+    distml.run(spec, out=folder / "run")
+    return folder / "run"
 
 
 @pytest.fixture

@@ -330,6 +330,7 @@ def test_it_trains_under_autocast():
 )
 def test_compiled_layers_compute_the_same(settings):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     plain, compiled = build(**settings), build(**settings, compile=True)
     assert plain.state_dict().keys() == compiled.state_dict().keys()
     with torch._dynamo.config.patch(error_on_recompile=True):  # one compilation serves all layers
