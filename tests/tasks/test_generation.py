@@ -54,7 +54,7 @@ def written(model: GPT, temperature: float, cached: bool, prompt: list[int], cou
 def test_a_cache_changes_no_token(variant, temperature, prompt, monkeypatch):
     model = trained(variant)
     expected = written(model, temperature, False, prompt)
-    assert set(expected) >= {0, 1, 2, 3}
+    assert len(set(expected)) > 2
     assert written(model, temperature, True, prompt) == expected
     monkeypatch.setattr(LayerCache, "append", forgetful)  # the control
     assert written(model, temperature, True, prompt) != expected
