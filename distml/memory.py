@@ -12,7 +12,7 @@ from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
 OUT_OF_MEMORY = "out of memory"  # how every message about it begins
-UNITS = {"B": 1, "bytes": 1, **{f"{prefix}iB": 2 ** (10 * power) for power, prefix in enumerate("KMGTP", start=1)}}
+UNITS = {"bytes": 1, "B": 1, **{f"{prefix}iB": 2 ** (10 * power) for power, prefix in enumerate("KMGTP", start=1)}}
 SIZE = rf"([\d.]+) ({'|'.join(UNITS)})"
 ERRORS = ("OutOfMemoryError", "MemoryError", "_ArrayMemoryError")
 TEXTS = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory", "std::bad_alloc", "Cannot allocate memory")
@@ -70,7 +70,7 @@ def out_of_memory(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if type(error).__name__ not in ERRORS and not any(known in text for known in TEXTS):
         return None
-    asked = re.search(rf"(?:tried to allocate|Unable to allocate) {SIZE}", text, re.IGNORECASE)
+    asked = re.search(rf"(?:[Tt]ried to|Unable to) allocate {SIZE}", text)
     needed = f"{_size(asked)} more were needed" if asked else "more was needed"
     card = re.search(rf"total capacity of {SIZE} of which {SIZE} is free", text)
     if card is not None:

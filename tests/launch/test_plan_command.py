@@ -224,7 +224,7 @@ def test_a_run_says_it_first(here, capsys):
     assert re.fullmatch(
         r"plan: fits: [\d.]+ MiB of [\d.]+ GiB per rank, activations not counted; states 150\.2 KiB", lines[1]
     )
-    assert re.fullmatch(r"plan: each step sends 0 B per rank and takes about .*s", lines[2])
+    assert re.fullmatch(r"plan: each step sends 0 B per rank and takes at least .*s", lines[2])
 
 
 def test_a_language_models_run_counts_its_activations(here, capsys):

@@ -121,10 +121,10 @@ def verdict(plan: Plan) -> str:
 def key_lines(plan: Plan) -> tuple[str, str]:
     """What a run says first: memory and whether it fits; bytes and seconds of a step."""
     step = plan.step
-    memory = plan.memory.states.model_states
+    about = "about" if step.tokens else "at least"  # other tasks' operations are not known
     return (
-        f"plan: {verdict(plan)}; states {binary_size(memory)}",
-        f"plan: each step sends {byte_size(step.sent)} per rank and takes about {span(step.least_s, step.most_s)}",
+        f"plan: {verdict(plan)}; states {binary_size(plan.memory.states.model_states)}",
+        f"plan: each step sends {byte_size(step.sent)} per rank and takes {about} {span(step.least_s, step.most_s)}",
     )
 
 
