@@ -29,6 +29,17 @@ def _in_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(OWN)
 
 
+class Looking(Notes):
+    """Counts what ranks have written and nobody has committed, at every report."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.store, self.seen = CheckpointStore(out / "checkpoints", 9), list[int]()
+
+    def report(self, step: int, fraction: float, row: dict) -> None:
+        self.seen.append(len(self.store.ranks_folders()))
+
+
 def run(out: Path, spec: dict, **keys) -> tuple[distml.Result, list[str]]:
     notes = Notes()
     return distml.run(spec, out=out, runtime="inline", display=notes, **keys), notes.lines
@@ -102,22 +113,15 @@ def test_another_model_is_refused_in_one_line(tmp_path):
 
 
 def test_evaluated_versions_that_are_not_the_best_do_not_stay_on_the_disk(tmp_path):
-    """Each evaluated version is written, as it may be the best; the run looks at what is there at every report."""
-
-    class Looking(Notes):
-        seen: list[int] = []
-
-        def report(self, step: int, fraction: float, row: dict) -> None:
-            self.seen.append(len(CheckpointStore(tmp_path / "run" / "checkpoints", 1).ranks_folders()))
-
+    """Each evaluated version is written, as it may be the best."""
+    looking = Looking(tmp_path / "run")
     values = [0.9, 0.5, 0.4, 0.3, 0.2, 0.95, 0.1, 0.1]
     task = {"name": "script:Script", "args": {**FLOAT, "values": values}}
     best = {"metric": "eval/score", "mode": "max"}
     spec = spec_of(task, strategy=zero(2), steps=24, evaluate={"every": 3}, log={"every": 1, "to": []},
                    checkpoint={"every": 100, "keep": 1, "best": best})  # fmt: skip
-    result = distml.run(spec, out=tmp_path / "run", runtime="inline", display=Looking())
-    assert len(Looking.seen) == 24
-    assert max(Looking.seen) == 0
+    result = distml.run(spec, out=tmp_path / "run", runtime="inline", display=looking)
+    assert looking.seen == [0] * 24
     assert result.best == {"metric": "eval/score", "step": 18, "value": 0.95}
     assert CheckpointStore(tmp_path / "run" / "checkpoints", 1).steps() == [18, 24]
 
@@ -150,9 +154,10 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
     assert left.name.startswith("step-00000020.")
     assert {path.name for path in left.iterdir()} == {f"{stem}-00001-of-00001.safetensors" for stem in STEMS}
     assert store.newest_good(print).step == 10
-    _, notes = run(tmp_path / "parts", yaml.safe_load((tmp_path / "job.yaml").read_text()))
-    assert "resuming from step 10" in notes
-    assert store.ranks_folders() == []
+    looking = Looking(tmp_path / "parts")
+    distml.run(tmp_path / "job.yaml", out=tmp_path / "parts", display=looking)
+    assert "resuming from step 10" in looking.lines
+    assert looking.seen == [0, 0]
     one, other = saved(tmp_path / "whole"), saved(tmp_path / "parts")
     assert same(one["model"], other["model"])
     assert same(one["optimizer"], other["optimizer"])
