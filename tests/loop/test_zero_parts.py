@@ -99,6 +99,16 @@ def test_buffers_and_frozen_weights_are_in_the_parts_too(stage, tmp_path):
     assert (result.step, "resuming from step 12" in notes) == (20, True)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_buffers_come_back(stage, tmp_path):
+    run(tmp_path / "whole", small("bn:BN", zero(stage), 12))
+    run(tmp_path / "parts", small("bn:BN", zero(stage), 6))
+    run(tmp_path / "parts", small("bn:BN", zero(stage), 12))
+    whole = saved(tmp_path / "whole")["model"]
+    assert same(whole, saved(tmp_path / "parts")["model"])
+    assert int(whole["seen"]) == 12 * 12
+
+
 def small(task: str, strategy, steps: int, **changes) -> dict:
     return spec_of({"name": task, "args": FLOAT}, strategy=strategy, steps=steps, **changes)
 
