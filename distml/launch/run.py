@@ -34,6 +34,7 @@ from distml.runs.display import Display, SilentDisplay, make_display
 from distml.runtime.driver import Driver
 from distml.runtime.group import WorkerGroup
 from distml.spec.base import Block
+from distml.spec.deepspeed import notes
 from distml.spec.language_rules import RUN_TOKENIZER, TextTaskSpecs
 from distml.spec.loader import LoadedSpec, load_spec
 from distml.spec.rl_rules import follows_workers
@@ -205,6 +206,8 @@ def announce(driver: Driver, runtime: str) -> None:
     workers = f"{job.resources.workers} worker{'s' if job.resources.workers > 1 else ''}"
     driver.display.start(f"{elements:,} parameters, {job.strategy.label}, {workers}, {description.transport}")
     for line in key_lines(plan_of_run(job, description, driver.group.plan_facts())):
+        driver.display.note(line)
+    for line in notes(job):
         driver.display.note(line)
     if driver.start_version:
         driver.display.note(f"resuming from step {driver.start_version}")

@@ -23,7 +23,8 @@ from distml.spec.rl_rules import complete
 from distml.spec.rllib import RLlibSpec, check_rllib, find_recorded
 from distml.spec.rules import check_rules
 from distml.spec.schema import JobSpec, OwnTaskSpec
-from distml.spec.yaml import Document, Position, dump, parse, plain
+from distml.spec.yaml import Document, KeyPath, Position, dump, parse, plain
+from distml.spec.zero_rules import complete as complete_zero
 
 J = TypeVar("J", bound=Block, covariant=True, default=JobSpec)
 KINDS: dict[str, type[Block]] = {"train": JobSpec, "rllib": RLlibSpec}
@@ -131,13 +132,22 @@ def _checked_train(job: JobSpec, directory: Path, document: Document) -> JobSpec
         needs = find_own_task(job.task.name, directory, document.where(("task", "name"))).needs
     for path_to_name, name in own_names(job.task):
         find_own(name, directory, document.where(path_to_name))
-    job, problems = complete(job, "batch_size" in document.data)
+    job, problems = complete_zero(job, lambda path: document.where(path) if is_written(document.data, path) else None)
+    job, more = complete(job, "batch_size" in job.model_fields_set)
+    problems += more
     job, missing = complete_text(job, directory, document.data["task"])
     problems += missing
     problems += check_rules(job, needs)
     if problems:
         raise first_error(problems, document)
     return job
+
+
+def is_written(data: Any, path: KeyPath) -> bool:
+    """Whether a key is there, and not null."""
+    for key in path:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data is not None
 
 
 def dump_job(job: Block) -> str:

@@ -19,20 +19,13 @@ from distml.spec.environments import unknown_environment
 from distml.spec.messages import Problem, describe, near, shorten
 from distml.spec.rl import EnvironmentSpec
 from distml.spec.schema import BestSpec, GoalSpec, LogSpec
+from distml.spec.tables import check_value
 from distml.spec.yaml import KeyPath, dotted
 
 AlgorithmName = Literal["APPO", "BC", "CQL", "DQN", "DreamerV3", "IMPALA", "IQL", "MARWIL", "PPO", "SAC"]
 ALGORITHMS: tuple[str, ...] = get_args(AlgorithmName)
 OFFLINE = ("BC", "CQL", "IQL", "MARWIL")  # they learn from recorded episodes, `config.input_`
 
-KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "bool": ((bool,), "true or false"),
-    "int": ((int,), "an integer"),
-    "float": ((float,), "a number"),
-    "str": ((str,), "a string"),
-    "list": ((list,), "a list"),
-    "dict": ((dict,), "a mapping"),
-}
 _CODE = "it takes Python code, which a spec cannot hold; write a program of your own with RLlib for that"
 _OLD = "it belongs to RLlib's old API stack, and distml uses the new one"
 REFUSED: dict[str, str] = {
@@ -191,7 +184,7 @@ def _config(job: RLlibSpec) -> Iterator[Problem]:
         elif key not in job.keys:
             yield _unknown(path, job.keys, f"config of {job.algorithm}")
         else:
-            yield from _kind(path, value, job.keys[key].split()[1:])
+            yield from check_value(path, value, job.keys[key].split()[1:])
     model, buffer = job.config.get("model_config"), job.config.get("replay_buffer_config")
     if isinstance(model, dict):
         yield from _block(("config", "model_config"), model, rllib_table.MODEL)
@@ -204,7 +197,7 @@ def _block(path: KeyPath, block: dict[str, Any], known: dict[str, str]) -> Itera
         if key not in known:
             yield _unknown((*path, key), known, dotted(path))
         else:
-            yield from _kind((*path, key), value, known[key].split())
+            yield from check_value((*path, key), value, known[key].split())
 
 
 def _buffer(buffer: dict[str, Any]) -> Iterator[Problem]:
@@ -226,14 +219,6 @@ def _unknown(path: KeyPath, known: dict[str, str] | list[str], where: str) -> Pr
     close = near(str(path[-1]), known)
     hint = f"did you mean {close!r}?" if close else f"RLlib has {len(known)} keys here, none of them like it"
     return Problem(f"unknown key {shorten(path[-1])} in {where}; {hint}", (path,))
-
-
-def _kind(path: KeyPath, value: Any, kinds: list[str]) -> Iterator[Problem]:
-    types = [one for kind in kinds if kind in KINDS for one in KINDS[kind][0]]
-    if value is None or "any" in kinds or type(value) in types:
-        return
-    words = " or ".join(KINDS[kind][1] for kind in kinds if not (kind == "int" and "float" in kinds))
-    yield Problem(f"{dotted(path)} must be {words}, got {describe(value)}", (path,), "value")
 
 
 # ---------------------------------------------------------------------------------------------------- recorded episodes

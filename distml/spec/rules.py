@@ -20,6 +20,8 @@ from distml.spec.schema import (
     SingleSpec,
 )
 from distml.spec.tabular import BanditSpec
+from distml.spec.zero import ZeroSpec
+from distml.spec.zero_rules import check_precision, check_zero
 
 MAX_SERVERS = 64
 
@@ -85,6 +87,9 @@ def _strategy(job: JobSpec) -> Iterator[Problem]:
                 f"strategy.servers is {strategy.servers}, at most {MAX_SERVERS} are possible; lower it",
                 (("strategy", "servers"),),
             )
+    if isinstance(strategy, ZeroSpec):
+        yield from check_zero(job, strategy)
+    yield from check_precision(job)
     yield from _transport(job)
 
 
@@ -117,11 +122,13 @@ def _needs(job: JobSpec, own_needs: frozenset[str] | None) -> Iterator[Problem]:
     reason = refusal(job.task.name, needs, strategy)
     if reason is not None:
         yield Problem(reason, (("strategy",), ("task",)))
-    if reason is None and "group_mean" in needs:
-        yield from _equal_micro_batches(job)
+    if isinstance(strategy, ZeroSpec):
+        yield from _equal_micro_batches(job, "strategy zero adds up gradients")
+    elif reason is None and "group_mean" in needs:
+        yield from _equal_micro_batches(job, f"task {job.task.name} needs group_mean")
 
 
-def _equal_micro_batches(job: JobSpec) -> Iterator[Problem]:
+def _equal_micro_batches(job: JobSpec, why: str) -> Iterator[Problem]:
     """A collective in every micro-batch must be called equally often by every worker."""
     workers, batch_size, size = job.resources.workers, job.batch_size, job.micro_batch_size
     if size is None or batch_size < workers:
@@ -129,7 +136,7 @@ def _equal_micro_batches(job: JobSpec) -> Iterator[Problem]:
     fewest, most = math.ceil(batch_size // workers / size), math.ceil(math.ceil(batch_size / workers) / size)
     if fewest != most:
         yield Problem(
-            f"task {job.task.name} needs group_mean in every micro-batch, but batch_size {batch_size} over {workers} "
+            f"{why} in every micro-batch, but batch_size {batch_size} over {workers} "
             f"workers in pieces of {size} is {most} micro-batches on some and {fewest} on others; "
             "set batch_size to a multiple of the workers or change micro_batch_size",
             (("micro_batch_size",),),
