@@ -100,6 +100,18 @@ def test_buffers_and_frozen_weights_are_in_the_parts_too(stage, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
+def test_low_precision_resumes_bit_by_bit(stage, tmp_path):
+    """What is saved are the float32 weights; those that are computed with follow from them."""
+    spec = {"precision": "bf16", "micro_batch_size": 3}
+    run(tmp_path / "whole", rhyming(zero(stage), 1, 20, **spec))
+    run(tmp_path / "parts", rhyming(zero(stage), 1, 10, **spec))
+    run(tmp_path / "parts", rhyming(zero(stage), 1, 20, **spec))
+    one, other = saved(tmp_path / "whole"), saved(tmp_path / "parts")
+    assert same(one["model"], other["model"])
+    assert same(one["optimizer"], other["optimizer"])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
 def test_buffers_come_back(stage, tmp_path):
     run(tmp_path / "whole", small("bn:BN", zero(stage), 12))
     run(tmp_path / "parts", small("bn:BN", zero(stage), 6))

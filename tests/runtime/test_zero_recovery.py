@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 from own.on_ray import Notes
-from own.oracle import same, saved
-from own.rhyming import assert_alike, chain, rhyming, zero
+from own.oracle import OWN, same, saved, spec_of
+from own.rhyming import LIMITS, assert_alike, chain, rhyming, zero
 
 import distml
-from distml.errors import RunError
+from distml.errors import RunError, UsageError
 from distml.runs.checkpoints import CheckpointStore
+from distml.runs.probe import Probe
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
@@ -104,6 +105,32 @@ def test_restarts_are_counted_and_come_to_an_end(tmp_path):
     with pytest.raises(RunError, match=r"not restarted again \(limits.max_restarts: 1\)"):
         run(tmp_path / "run", spec, "kill:rank=0,step=4", "kill:rank=1,step=8")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["error"]["rank"] == "rank 1"
+
+
+@pytest.mark.slow
+def test_a_run_directory_that_not_all_hosts_see_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    """There is one host here: that what rank 1 wrote went elsewhere is made up."""
+    monkeypatch.setattr(Probe, "missing", lambda self, rank: "what it wrote is not here" if rank == 1 else None)
+    with pytest.raises(UsageError, match=r"^rank 1 on \S+ does not see the run directory .*run \(what it wrote.*--out"):
+        run(tmp_path / "run", rhyming(zero(2), 2, 10))
+    monkeypatch.undo()
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_in_the_test_ends_the_run_in_one_line_and_the_next_run_measures_it(tmp_path, monkeypatch):
+    """All are needed for a forward pass: the others must not wait for it."""
+    monkeypatch.chdir(OWN)
+    task = {"name": "mortal:Mortal", "args": {"marker": str(tmp_path / "died"), "version": 6, "split": "test"}}
+    spec = spec_of(task, strategy=zero(3), workers=2, steps=6, limits=LIMITS)
+    with pytest.raises(RunError) as caught:
+        run(tmp_path / "run", spec)
+    assert (caught.value.phase, caught.value.role) in {("evaluate test", "rank 0"), ("evaluate test", "rank 1")}
+    assert "killed" in str(caught.value)
+    result, notes = run(tmp_path / "run", spec)
+    assert "resuming from step 6" in notes
+    assert (result.status, result.step, "test/loss" in result.metrics) == ("done", 6, True)
 
 
 @pytest.mark.slow
