@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 Metrics: TypeAlias = Mapping[str, float | None]
 
 PLAIN_INTERVAL_S = 1.0
-_RATES = {"throughput/examples_per_s": "examples/s", "throughput/frames_per_s": "frames/s"}
+_RATES = {"throughput/examples_per_s": "examples/s", "throughput/frames_per_s": "frames/s",
+          "throughput/tokens_per_s": "tokens/s"}  # fmt: skip
 _STALENESS = ("staleness/mean", "staleness/max")
 
 

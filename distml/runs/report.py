@@ -236,7 +236,12 @@ def _panels(history: History) -> list[Panel]:
         *((title, title.removeprefix("eval/"), names, False) for title, names in _families(scores)),
         *((title, title.removeprefix("rl/"), names, False) for title, names in _families(played)),
         ("Episode return in training", "return", ["rl/episode_return_mean"], False),
-        ("Throughput", "per second", ["throughput/examples_per_s", "throughput/frames_per_s"], True),
+        (
+            "Throughput",
+            "per second",
+            ["throughput/examples_per_s", "throughput/frames_per_s", "throughput/tokens_per_s"],
+            True,
+        ),
         ("Time of a step", "seconds", ["timing/compute_s", "timing/exchange_s"], True),
         ("Staleness when consumed", "versions", ["staleness/mean", "staleness/max"], True),
         ("Learning rate", "learning rate", ["train/lr"], True),

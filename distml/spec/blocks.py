@@ -91,7 +91,7 @@ def short_key(blocks: list[type[Block]]) -> str | None:
 def best_mode(metric: str) -> str:
     """Which way a metric is better, told from the last part of its name."""
     last = metric.rpartition("/")[2]
-    return "min" if any(word in last for word in ("loss", "error", "perplexity")) else "max"
+    return "min" if any(word in last for word in ("loss", "error", "perplexity", "bits")) else "max"
 
 
 def default_at(path: KeyPath, data: dict[str, Any], root: type[Block] = JobSpec) -> dict[str, Any] | list[Any]:

@@ -25,7 +25,7 @@ class CorpusSpec(Block):
     path: str = Field(
         STDLIB, min_length=1,
         description="stdlib: the installed Python's own source; else a text file (documents end at blank lines), a "
-        "folder of text files, or a folder that `distml tokenize` wrote; relative to the spec",
+        "folder of text files, or a folder that `distml tokenize` wrote; relative to the spec, else to where one is",
     )  # fmt: skip
     pattern: str = Field("*", description="shell pattern of the files in a folder, by relative path")
     validation: Share = Field(0.05, description="share of the documents held out for eval/...")

@@ -48,9 +48,9 @@ def complete_text(job: JobSpec, directory: Path, written: Mapping[str, Any]) -> 
     data, tokenizer = task.data, task.tokenizer
     problems: list[Problem] = []
     if data.path != STDLIB:
-        data = data.model_copy(update={"path": str((directory / data.path).absolute())})
+        data = data.model_copy(update={"path": _absolute(data.path, directory)})
     if isinstance(tokenizer, TokenizerFileSpec):
-        tokenizer = tokenizer.model_copy(update={"path": str((directory / tokenizer.path).absolute())})
+        tokenizer = tokenizer.model_copy(update={"path": _absolute(tokenizer.path, directory)})
     if is_token_folder(Path(data.path)):
         problems += _check_token_folder(data)
         own = TokenizerFileSpec(name="file", path=str(Path(data.path) / RUN_TOKENIZER))
@@ -63,6 +63,12 @@ def complete_text(job: JobSpec, directory: Path, written: Mapping[str, Any]) -> 
     if not (directory / RUN_TOKENIZER).is_file():
         problems += _check_files(data, tokenizer)
     return job, problems
+
+
+def _absolute(path: str, directory: Path) -> str:
+    """A path beside the spec; one that is not there but in the current directory, as `--set` may name it: that."""
+    beside, here = (directory / path).absolute(), Path(path).absolute()
+    return str(here if here.exists() and not beside.exists() else beside)
 
 
 def is_token_folder(path: Path) -> bool:
