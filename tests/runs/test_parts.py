@@ -28,7 +28,7 @@ from distml.runs.checkpoints import (
     resolve_source,
 )
 from distml.runs.parts import CheckpointDamaged, PartReader, write_part
-from distml.runs.tensors import TensorFile
+from distml.runs.tensors import TensorFile, read_tensors
 
 KINDS = ("model", "exp_avg")
 SHAPES = {"w": (4, 3), "b": (5,), "scale": ()}
@@ -141,6 +141,20 @@ def test_a_parameters_name_may_look_like_a_piece(tmp_path):
     with PartReader(tmp_path) as reader:
         assert {name: reader.whole("model", name).tolist() for name in reader.names("model")} == {
             "w[0:2]": [0, 1, 2, 3, 4, 5], "w": [6, 7]}  # fmt: skip
+
+
+def test_what_the_library_writes_is_read(tmp_path):
+    kinds = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32",
+             "float64"]  # fmt: skip
+    arrays = {kind: np.arange(6).reshape(2, 3).astype(kind) for kind in kinds}
+    arrays |= {"scalar": np.array(2.5), "empty": np.zeros((0, 3), np.float32)}
+    save_file(arrays, tmp_path / "library.safetensors", metadata={"format": "pt"})
+    found = read_tensors(tmp_path / "library.safetensors")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        assert np.array_equal(found[name], array)
+        found[name][...] = 0  # memory of its own
 
 
 def test_bfloat16_is_widened(tmp_path):
