@@ -58,8 +58,8 @@ def resident_bytes() -> int:
 
 # --------------------------------------------------------------------------------------------------------------- errors
 def is_out_of_memory(message: str) -> bool:
-    """Whether a message is one of those made here."""
-    return message.startswith(OUT_OF_MEMORY)
+    """Whether a message is one of those made here, or holds one."""
+    return OUT_OF_MEMORY in message
 
 
 def out_of_memory(error: BaseException) -> str | None:

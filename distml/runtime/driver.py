@@ -106,7 +106,10 @@ class Driver:
         first = start_weights() if checkpoint is None else None
         if checkpoint is not None and self.job.init is not None:  # what is frozen comes with it
             first = checkpoint.model()
-        self.description = self.group.build(first)
+        try:
+            self.description = self.group.build(first)
+        except UsageError as error:
+            raise UsageError(self._with_advice(str(error))) from error
         self.signals.take()
         if checkpoint is not None:
             self.cut = self._cut_of(checkpoint)

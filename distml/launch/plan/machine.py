@@ -6,6 +6,7 @@ assumed, and the plan says so.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ ASSUMED_CARD = "a100"
 UTILISATION = ClusterSpec.model_fields["utilisation"].default
 CPU_PROCESS_BYTES = 0.35 * GIB  # Python, torch and Ray's part of a worker, before it has a model
 GPU_PROCESS_BYTES = 0.75 * GIB  # of a card: CUDA's context, kernels, NCCL's buffers
-FEW_SECONDS = 0.03
+SIDE, PRODUCTS = 64, 200  # a few milliseconds
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,9 @@ def _cpu(job: JobSpec, places: Places, cluster: ClusterSpec | None) -> Machine:
     if cluster is not None and cluster.cpu_tflops is not None:
         flops, rate = cluster.cpu_tflops * 1e12, f"{cluster.cpu_tflops:g} TFLOP/s"
     else:
-        cores = os.cpu_count() or 1
-        wanted = min(cores, job.resources.workers * job.resources.cpus_per_worker)
-        flops = measured_flops() * wanted / cores / job.resources.workers
-        rate = f"{flops / 1e9:.0f} GFLOP/s, from a product of matrices just now"
+        cores = min(job.resources.cpus_per_worker, (os.cpu_count() or 1) / places.ranks_on_host)
+        flops = flops_of_a_core() * cores
+        rate = f"{flops / 1e9:.0f} GFLOP/s, as a product of matrices just had"
     each = f"host's memory / {sharing}" if sharing > 1 else "host's memory"
     return Machine(whole / sharing, each, source, flops, rate, CPU_PROCESS_BYTES)
 
@@ -102,14 +102,17 @@ def card_here() -> tuple[str, float] | None:
     return str(found.name), float(found.total_memory)
 
 
-def measured_flops(seconds: float = FEW_SECONDS, size: int = 384) -> float:
-    """float32 operations per second of all cores together, in products of square matrices."""
+def flops_of_a_core() -> float:
+    """float32 operations per second of one core: those of the fastest of some small products of matrices.
+
+    Small enough that OpenBLAS leaves them to one core: where others are at work its threads wait for each other.
+    """
     import numpy as np
 
-    left = np.ones((size, size), np.float32)
-    out = left @ left  # once, for the threads to start
-    count, started = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < seconds:
+    left = np.ones((SIDE, SIDE), np.float32)
+    out, fastest = left @ left, math.inf
+    for _ in range(PRODUCTS):
+        started = time.perf_counter()
         np.matmul(left, left, out=out)
-        count += 1
-    return 2.0 * size**3 * count / elapsed
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2.0 * SIDE**3 / fastest
