@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from distml.spec.loader import load_train
+from distml.spec.schema import AdamWSpec
 from distml.strategies.base import seed_everything
 from distml.strategies.optimizer import schedule_factor
 from distml.tasks.build import build_task
@@ -36,7 +37,8 @@ def main(config: dict[str, object]) -> None:
     seed_everything(job.seed)
     model = task.build_model()
     spec = job.optimizer
-    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=tuple(spec.betas), eps=spec.eps,
+    assert isinstance(spec, AdamWSpec)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.lr, betas=(spec.betas[0], spec.betas[1]), eps=spec.eps,
                                   weight_decay=spec.weight_decay, fused=True)  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config["deepspeed"])
     dataset = task.data("train")
