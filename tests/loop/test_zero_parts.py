@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import yaml
 from own.on_ray import Notes
-from own.oracle import OWN, same, saved, spec_of
+from own.oracle import OWN, job_of, same, saved, spec_of
 from own.rhyming import assert_alike, chain, rhyming, zero
 
 import distml
 from distml.errors import UsageError
 from distml.runs.checkpoints import CheckpointStore
+from distml.runtime.inline import InlineRuntime
+from distml.tasks.sources import SourceTree
 
 FLOAT = {"dtype": "float32"}
 STEMS = ("model", "optimizer")
@@ -109,6 +111,25 @@ def test_low_precision_resumes_bit_by_bit(stage, tmp_path):
     one, other = saved(tmp_path / "whole"), saved(tmp_path / "parts")
     assert same(one["model"], other["model"])
     assert same(one["optimizer"], other["optimizer"])
+
+
+def test_ranks_of_an_earlier_start_that_still_write_are_in_nobodys_way(tmp_path):
+    """A version comes again after a recovery, when those who wrote it before may not be dead yet."""
+    job = job_of(rhyming(zero(2), 1))
+    runtime = InlineRuntime(job, SourceTree.collect(job.task, OWN), (), tmp_path)
+    try:
+        runtime.build(None)
+        runtime.begin(None)
+        (trainer,) = runtime.trainers
+        first = trainer._write_part()
+        with pytest.raises(FileExistsError):
+            trainer._write_part()
+        trainer.save_parts_in(tmp_path / "checkpoints", "again")
+        second = trainer._write_part()
+    finally:
+        runtime.close()
+    assert first.folder != second.folder
+    assert first.files == second.files
 
 
 @pytest.mark.parametrize("stage", [2, 3])
