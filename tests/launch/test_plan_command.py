@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -249,3 +251,24 @@ def key_lines_of(plan) -> str:
 def test_seconds_read_well():
     read = [seconds(value) for value in (0.0, 2e-6, 0.0123, 5.0, 86400.0 * 3)]
     assert read == ["0 ms", "2 us", "12.3 ms", "5.0 s", "3.0 days"]
+
+
+PEAK = """
+import resource, sys
+from distml.cli import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_has_what_was_planned(here, capsys):
+    """The most that the kernel ever gave a whole run, its checkpoint included."""
+    model = "task.model={name: gpt, layers: 6, width: 512, heads: 8, vocabulary: 8192}"
+    sets = ("strategy=single", "resources={workers: 1}", "precision=fp32", "batch_size=32", "stop.steps=2", model)
+    options = [part for one in sets for part in ("--set", one)]
+    command = [sys.executable, "-c", PEAK, "run", "job.yaml", *options, "--out", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    _, plan = planned(capsys, "job.yaml", *options)
+    assert plan["memory"]["total"] == pytest.approx(int(done.stdout.splitlines()[-1]), rel=0.15)
