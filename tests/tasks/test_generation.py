@@ -7,12 +7,14 @@ from itertools import islice
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
 from torch import nn
 
 from distml.spec.language import GPTSpec
 from distml.tasks.generation import Sampler, TextStream, generate, window_start
 from distml.tasks.gpt import GPT, LayerCache
-from distml.tasks.tokenizers import ByteTokenizer, CharacterTokenizer, learn_bpe
+from distml.tasks.tokenizers import END, ByteTokenizer, CharacterTokenizer, LibraryTokenizer, learn_bpe
 
 VOCABULARY, POSITIONS = 61, 10
 VARIANTS = {
@@ -135,6 +137,15 @@ def test_streamed_text_is_the_decoded_text_in_whole_characters(tokenizer):
     assert "".join(pieces) == TEXT
     assert "\ufffd" not in "".join(pieces)
     assert sum(map(bool, pieces)) > 15  # as it comes
+
+
+def test_a_token_whose_text_depends_on_the_one_before_is_shown_as_behind_it():
+    """Such a decoder leaves out a text's first space."""
+    library = Library(models.WordLevel({END: 0, "\u2581a": 1, "\u2581cat": 2}, unk_token=END))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = LibraryTokenizer(library)
+    assert tokenizer.decode([1, 2, 1]) == "a cat a"
+    assert streamed(tokenizer, [1], [2, 1]) == [" cat", " a", ""]
 
 
 def test_a_character_that_is_never_completed_is_shown_at_the_end():

@@ -138,6 +138,22 @@ def by_hand(attention: Attention, x: torch.Tensor, causal: bool = True) -> torch
     return attention.output(mixed)
 
 
+def test_norms_stand_before_the_sublayers_or_after_their_sums():
+    x = torch.randn(2, 5, 32)
+    for place in ("pre", "post"):
+        model = loud(build(norm_place=place))
+        layer = model.layers[0]
+        attend, first, second = (lambda y, a=layer.attention: a(y, None)), layer.attention_norm, layer.mlp_norm
+        if place == "pre":
+            middle = x + attend(first(x))
+            expected = middle + layer.mlp(second(middle))
+        else:
+            middle = first(x + attend(x))
+            expected = second(middle + layer.mlp(middle))
+        torch.testing.assert_close(layer(x, None), expected)
+        assert isinstance(model.norm, nn.LayerNorm) == (place == "pre")
+
+
 @pytest.mark.parametrize("kv_heads", [None, 2, 1])
 def test_attention_is_a_softmax_over_the_tokens_before(kv_heads):
     attention = loud(build(kv_heads=kv_heads)).layers[0].attention
@@ -292,10 +308,19 @@ def test_dropout_acts_in_training_alone():
     assert not torch.equal(model(tokens), model(tokens))
     model.eval()
     assert torch.equal(model(tokens), model(tokens))
-    for place in (model.dropout, *model.layers):  # the embeddings, and within the layers: each drops by itself
+    for place in (model.dropout, *(part for layer in model.layers for part in (layer.attention, layer.mlp))):
         model.eval()
         place.train()
         assert not torch.equal(model(tokens), model(tokens))
+
+
+def test_dropout_drops_what_is_added_to_the_residual_stream_and_what_is_attended_to(monkeypatch):
+    layer, x = loud(build(dropout=0.25)).layers[0].train(), torch.randn(4, POSITIONS, 32)
+    for output in (layer.attention(x, None), layer.mlp(x)):
+        assert float((output == 0.0).float().mean()) == pytest.approx(0.25, abs=0.05)
+    monkeypatch.setattr(gpt.F, "dropout", lambda x, *_: x)
+    assert torch.equal(layer.mlp(x), layer.mlp(x))
+    assert not torch.equal(layer.attention(x, None), layer.attention(x, None))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
