@@ -23,7 +23,6 @@ from distml.strategies.shared_servers import async_regions
 
 GB = 1e9
 DIGITS = {"name": "classification", "data": "digits"}
-ONE_HOST = Places(ranks=2, hosts=1, ranks_on_host=2, gpus=False, transport="inline")
 
 
 # --------------------------------------------------------------------------------------------------------------- states
@@ -123,12 +122,25 @@ def test_a_single_worker_holds_what_its_strategy_has():
     ids=lambda strategy: "-".join(str(value) for value in strategy.values()),
 )
 def test_bytes_per_step_are_those_that_a_run_counts(strategy):
-    job = job_of(spec_of(DIGITS, strategy=strategy, workers=2, batch_size=64))
-    trained = train(spec_of(DIGITS, strategy=strategy, workers=2, batch_size=64, steps=8))
-    counted = sum(report.values["bytes"] for report in trained.reports) / 2  # of two ranks
-    steps = sum(report.values["steps"] for report in trained.reports) / 2
+    planned, counted = bytes_of(strategy, workers=2)
+    assert planned == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("compression", [None, {"name": "topk", "fraction": 0.125}, {"name": "int8"}])
+def test_of_three_ranks_largest_elements_go_to_both_others(compression):
+    planned, counted = bytes_of({"name": "all_reduce", "compression": compression}, workers=3)
+    assert planned == pytest.approx(counted, rel=0.05)
+
+
+def bytes_of(strategy, workers) -> tuple[float, float]:
+    """Bytes per rank and step: planned, and counted in a run."""
+    spec = spec_of(DIGITS, strategy=strategy, workers=workers, batch_size=64, steps=8)
+    trained = train(spec)
+    counted = sum(report.values["bytes"] for report in trained.reports)
+    steps = sum(report.values["steps"] for report in trained.reports)  # of every rank
     shapes = {entry.name: entry.shape for entry in trained.strategies[0].layout.entries}
-    assert bytes_per_step(job, Size(shapes), ONE_HOST) == pytest.approx(counted / steps, rel=0.05)
+    places = Places(workers, hosts=1, ranks_on_host=workers, gpus=False, transport="inline")
+    return bytes_per_step(job_of(spec), Size(shapes), places), counted / steps
 
 
 @pytest.mark.parametrize(("stage", "elements"), [(1, 2), (2, 2), (3, 3)])
