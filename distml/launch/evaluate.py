@@ -84,7 +84,7 @@ def load_model(run: Path | str, report: Report | None = None) -> TrainedModel:
     task = build_task(loaded.job, directory.path)
     sources.mark_imported()
     model = build_model(loaded.job, task)
-    copy_weights(model, checkpoint.tensors["model"], f"checkpoint {folder_name(checkpoint.step)}")
+    copy_weights(model, checkpoint.model(), f"checkpoint {folder_name(checkpoint.step)}")
     spent = Spent.of(checkpoint.state["clock"])
     progress = Progress(spent.version, spent.examples, spent.frames, Agenda(loaded.job).fraction(spent))
     return TrainedModel(directory.path, loaded.job, task, model, progress)

@@ -27,6 +27,7 @@ from distml.tasks.bert import BERT
 from distml.tasks.gpt import GPT
 from distml.tasks.library_tokenizers import as_library
 from distml.tasks.tokenizers import Tokenizer
+from distml.tasks.transformer import uncompiled
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOLERANCE = 1e-5  # of logits, relative to the largest where that is above 1
@@ -95,7 +96,7 @@ def compare_logits(model: GPT | BERT, folder: Path) -> float | None:
     draw = torch.Generator().manual_seed(0)
     shape = (CHECKED_EXAMPLES, min(CHECKED_TOKENS, model.max_positions))
     tokens = torch.randint(model.vocabulary, shape, generator=draw)
-    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+    with torch.inference_mode(), uncompiled(model.spec):
         own, other = model(tokens), theirs(tokens).logits
     difference = float((own - other).abs().max())
     if not difference <= TOLERANCE * max(1.0, float(own.abs().max())):

@@ -3,9 +3,8 @@
     tokens so far ── window ──▶ those that the model sees ──▶ its logits [V] ── Sampler ──▶ the next token
 
 With a cache only the newest token goes through the model; without one all that it sees do, every time. Both see the
-same, so that both give the same tokens. Layers are not compiled here: each length would be compiled anew. A text that
-outgrows the model's positions is seen through a window, which moves on by half its length when it is full: so the cache
-is filled anew once in so many tokens, not at every one.
+same, so that both give the same tokens. A text that outgrows the model's positions is seen through a window, which
+moves on by half its length when it is full: so the cache is filled anew once in so many tokens, not at every one.
 
 Shapes: S tokens that the model sees, V vocabulary.
 """
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from distml.tasks.gpt import GPT, Cache
 from distml.tasks.tokenizers import Tokenizer
+from distml.tasks.transformer import uncompiled
 
 INCOMPLETE = "\ufffd"  # what some bytes of a longer character decode to
 
@@ -70,7 +70,7 @@ def all_anew(model: GPT) -> Callable[[list[int]], Tensor]:
     @torch.inference_mode()
     def next_logits(tokens: list[int]) -> Tensor:
         seen = tokens[window_start(len(tokens), model.max_positions) :]
-        with torch.compiler.set_stance("force_eager"):
+        with uncompiled(model.spec):
             logits: Tensor = model(torch.tensor([seen], device=model.tokens.weight.device))
         return logits[0, -1]
 

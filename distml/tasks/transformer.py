@@ -8,6 +8,9 @@ Shapes: B examples, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,6 +82,11 @@ def compile_layers(layers: nn.ModuleList, spec: TransformerBlock) -> None:
     if spec.compile:
         for layer in layers:
             layer.compile()
+
+
+def uncompiled(spec: TransformerBlock) -> contextlib.AbstractContextManager[Any]:
+    """Inside, layers run as they are written: of many lengths, each would be compiled anew."""
+    return torch.compiler.set_stance("force_eager") if spec.compile else contextlib.nullcontext()
 
 
 def call_layer(layer: nn.Module, recompute: bool, features: Tensor, *arguments: object) -> Tensor:

@@ -162,8 +162,8 @@ def test_an_export_never_overwrites(tiny, tmp_path, capsys):
     before = (out / "model.safetensors").read_bytes()
     capsys.readouterr()
     assert "is not an empty directory" in refused(["export", tiny, "--out", out], capsys)
-    assert "unknown format 'hf'; known: safetensors" in refused(
-        ["export", tiny, "--out", tmp_path / "x", "--format", "hf"], capsys
+    assert "unknown format 'onnx'; known: safetensors, hf" in refused(
+        ["export", tiny, "--out", tmp_path / "x", "--format", "onnx"], capsys
     )
     (tmp_path / "file").write_text("mine")
     assert "is not an empty directory" in refused(["export", tiny, "--out", tmp_path / "file"], capsys)

@@ -78,6 +78,18 @@ def test_a_cache_lets_each_token_through_the_model_once():
     assert seen[True] == [3, 1, 1, 1, 1, 1, 1, 1, 6, 1, 1, 1]
 
 
+@pytest.mark.slow  # the compiler takes seconds to import
+def test_nothing_is_compiled_for_a_text():
+    torch.manual_seed(0)
+    model = GPT(GPTSpec(name="gpt", layers=1, heads=4, width=32, compile=True), VOCABULARY, POSITIONS).eval()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert written(model, 1.0, False, [1], count=4) == written(model, 1.0, True, [1], count=4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    model(torch.tensor([[1, 2]]))  # the control
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("positions", [1, 2, 3, 8, 9])
 def test_the_window_moves_by_half_its_length_when_it_is_full(positions):
     start = 0
