@@ -14,6 +14,9 @@ from distml.spec.yaml import parse
 FILES = sorted(JOBS.glob("*.yaml"))
 FAMILY = ["digits-single", "digits-all-reduce", "digits-ps-sync", "digits-ps-async", "digits-ps-ssp",
           "digits-local-sgd"]  # fmt: skip
+GPT_FAMILY = ["gpt-stdlib", "gpt-stdlib-zero1", "gpt-stdlib-zero2", "gpt-stdlib-zero3"]
+TWINS = {"gpt2-124m-8gpu": "gpt2-124m-cpu", "gpt2-1.5b-zero2-8gpu": "gpt2-1.5b-zero2-cpu",
+         "llama-8b-zero3-16gpu": "llama-8b-zero3-cpu", "gpt3-175b": "gpt3-175b-cpu"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,11 @@ def test_a_job_says_what_it_shows_and_how_to_run_it(path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
     assert lines[1] == f"# distml run {path.stem}"
-    goal = load_spec(path).job.stop.goal
+    job = load_spec(path).job
+    if job.kind == "train" and job.resources.gpus_per_worker:
+        assert lines[2].startswith("# Not run here, where there is no such machine.")
+        return
+    goal = job.stop.goal
     assert goal is not None
     assert not path.stem.startswith(("digits", "own")) or goal.at_least >= 0.96
 
@@ -54,6 +61,44 @@ def test_the_strategies_family_differs_in_strategy_workers_and_name_only():
     assert jobs[0]["stop"]["examples"] is not None
 
 
+def test_the_gpt_family_differs_in_strategy_workers_and_name_only():
+    jobs = [load_spec(name).job.model_dump() for name in GPT_FAMILY]
+    for job in jobs:
+        for key in ("name", "strategy", "resources"):
+            del job[key]
+    assert all(job == jobs[0] for job in jobs)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_gpu_jobs_twin_is_the_same_in_small(name):
+    large, small = load_spec(name).job, load_spec(TWINS[name]).job
+    assert small.resources.gpus_per_worker == 0
+    assert f"# {TWINS[name]} is the same in small." in find_job(name).read_text().splitlines()[3]
+    sizes = {"layers", "heads", "kv_heads", "width", "hidden", "vocabulary", "compile"}
+    models = [job.task.model.model_dump(exclude=sizes) for job in (large, small)]
+    rules = [job.optimizer.model_dump(exclude={"lr": True, "schedule": {"warmup"}}) for job in (large, small)]
+    assert models[0] == models[1]
+    assert rules[0] == rules[1]
+    assert (large.strategy, large.precision) == (small.strategy, small.precision)
+    for job in (large, small):  # both accumulate
+        assert job.batch_size > job.micro_batch_size * job.resources.workers
+
+
+PARAMETERS = {"gpt2-124m-8gpu": 124_439_808, "gpt2-1.5b-zero2-8gpu": 1_557_611_200,
+              "llama-8b-zero3-16gpu": 8_030_261_248, "gpt3-175b": 174_604_259_328}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_gpu_job_has_its_models_parameters(name):
+    import torch
+
+    from distml.tasks.build import build_task
+
+    with torch.device("meta"):
+        model = build_task(load_spec(name).job).build_model()
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
 @pytest.mark.parametrize("key", ["optimzer", "task"])
 def test_the_schema_refuses_what_is_wrong(key, validator):
     spec = parse(FILES[0].read_bytes(), "x").data
@@ -62,7 +107,7 @@ def test_the_schema_refuses_what_is_wrong(key, validator):
 
 
 def test_a_shipped_job_is_found_by_name_unless_a_file_has_it(tmp_path, monkeypatch):
-    assert sorted(shipped_jobs()) == [path.stem for path in FILES]
+    assert sorted(shipped_jobs()) == sorted(path.stem for path in FILES)
     monkeypatch.chdir(tmp_path)
     assert find_job("digits-single") == JOBS / "digits-single.yaml"
     (tmp_path / "digits-single").mkdir()  # a run directory, say
