@@ -253,7 +253,7 @@ class Trainer:
             dataset = self._dataset(split) if type(self.task).data is not Task.data else None
             seed_everything(seed)
             part = Part(index, count, seed, split, self.job.rows_at_once, dataset, self.device)
-            with torch.no_grad():
+            with torch.no_grad(), self.strategy.reading():
                 means = self.task.evaluate(self.model, part, self.strategy.progress)
         finally:
             self.model.train()

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from distml.exchange.process_group import LOOPBACK, ProcessGroup, open_rendezvous
 
@@ -64,6 +65,7 @@ def leave(group: ProcessGroup) -> None:
     from deepspeed.utils import groups
 
     group.close()
+    functional.linear = torch._C._nn.linear  # stage 3's stays in its place
     groups._release_process_group_references(group=None)
     comm.cdb = None
 
@@ -176,8 +178,7 @@ class ShardedEngine:
         self.scaler = SumScaler(self.optimizer.loss_scaler, group.size, nominal)
         self.optimizer.loss_scaler = self.scaler
         self.cuts_weights = bool(self.engine.zero_optimization_partition_weights())
-        if self.cuts_weights:
-            gather_outside_the_loss(model)
+        self.model = model
 
     # ------------------------------------------------------------------------------------------------------- one step
     def __call__(self, last: bool, *arguments: Any) -> Any:
@@ -220,6 +221,31 @@ class ShardedEngine:
             if not is_lost(error):
                 raise
             raise self.group.lost(operation, error) from error
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Inside, weights are gathered when they are read, as in the loss: also by whom they do not belong to.
+
+        So they are there for tied layers, and for whoever looks at a weight itself. Every rank must read the same.
+        """
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, ensure_zero_ordered_dict
+
+        if not self.cuts_weights:
+            yield
+            return
+        modules: list[Any] = list(self.model.modules())
+        for module in modules:
+            ensure_zero_ordered_dict(module)
+            module._parameters._in_forward = True
+        FWD_MODULE_STACK.append(self.model)  # in whose name they are gathered
+        try:
+            with self._peers("gathering outside the loss"):
+                yield
+        finally:
+            FWD_MODULE_STACK.pop()
+            for module in modules:
+                module._parameters._in_forward = False
+        self.optimizer._partition_all_parameters()  # after an error there is nothing that goes on
 
     # ----------------------------------------------------------------------------------------------------------- state
     def parts(self) -> Iterator[Part]:
@@ -298,24 +324,9 @@ class ShardedEngine:
                 "optimizer": unseen_bytes([*flats, *moments], seen)}  # fmt: skip
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the module."""
-        self.engine.destroy()
-
-
-def gather_outside_the_loss(model: nn.Module) -> None:
-    """Let evaluations use weights that one submodule has and another reads (tied ones), as the loss may.
-
-    DeepSpeed gathers these when they are read, but only while its own forward runs.
-    """
-    from deepspeed.runtime.zero.parameter_offload import ensure_zero_ordered_dict
-
-    def reads(inside: bool) -> None:
-        for module in model.modules():
-            ensure_zero_ordered_dict(module)
-            module._parameters._in_forward = inside  # type: ignore[attr-defined]
-
-    model.register_forward_pre_hook(lambda module, _: None if module.training else reads(True))
-    model.register_forward_hook(lambda module, *_: None if module.training else reads(False), always_call=True)
+        """Take DeepSpeed's hooks off the module, unless the group is gone already, and with it all of DeepSpeed."""
+        if dist.is_initialized():
+            self.engine.destroy()
 
 
 def unseen_bytes(tensors: Sequence[Tensor | None], seen: set[int]) -> int:

@@ -43,12 +43,14 @@ class TaskBlock(Block):
     Attributes:
         needs: held against what the strategy offers.
         summary: one line for `distml list tasks`.
+        num_phases: losses of a step, each with an update of its own.
         counts_frames: whether it acts in environments, so that `stop.frames` ends it.
     """
 
     needs: ClassVar[Offers] = frozenset()
     summary: ClassVar[str] = ""
     counts_frames: ClassVar[bool] = False
+    num_phases: ClassVar[int] = 1
 
     @property
     def tokens_per_example(self) -> int | None:
@@ -78,6 +80,11 @@ class StrategyBlock(Block):
     def is_synchronous(self) -> bool:
         """Whether one step is one averaged update of `batch_size` examples over all workers."""
         return True
+
+    @property
+    def max_phases(self) -> int | None:
+        """Losses that a step may have, each with an update of its own; None: any number."""
+        return None
 
     @property
     def keeps_parts(self) -> bool:

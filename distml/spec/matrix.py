@@ -54,16 +54,22 @@ def strategy_variants() -> list[StrategyBlock]:
     return variants
 
 
-def refusal(task: str, needs: frozenset[str], strategy: StrategyBlock) -> str | None:
+def refusal(task: str, needs: frozenset[str], strategy: StrategyBlock, num_phases: int = 1) -> str | None:
     """Why a task does not train under a strategy, naming those that would do; None where it does."""
     missing = sorted(needs - strategy.offers)
-    if not missing:
+    if not missing and _has_phases(strategy, num_phases):
         return None
-    fitting = ", ".join(other.label for other in strategy_variants() if needs <= other.offers) or "none"
-    return (
-        f"task {task} needs {' and '.join(missing)}, which {strategy.label} does not offer; "
-        f"strategies that do: {fitting}"
-    )
+    known = strategy_variants()
+    fitting = [other.label for other in known if needs <= other.offers and _has_phases(other, num_phases)]
+    lack = (
+        f"needs {' and '.join(missing)}, which {strategy.label} does not offer" if missing
+        else f"updates its weights in {num_phases} phases, and {strategy.label} knows one"
+    )  # fmt: skip
+    return f"task {task} {lack}; strategies that do: {', '.join(fitting) or 'none'}"
+
+
+def _has_phases(strategy: StrategyBlock, num_phases: int) -> bool:
+    return strategy.max_phases is None or num_phases <= strategy.max_phases
 
 
 def matrix(extra: Iterable[tuple[str, frozenset[str]]] = ()) -> list[Cell]:
@@ -72,9 +78,9 @@ def matrix(extra: Iterable[tuple[str, frozenset[str]]] = ()) -> list[Cell]:
     Args:
         extra: further tasks as (name, needs).
     """
-    tasks = [*((name, block.needs) for name, block in built_in_tasks().items()), *extra]
+    built_in = [(name, block.needs, block.num_phases) for name, block in built_in_tasks().items()]
     return [
-        Cell(name, strategy, refusal(name, needs, strategy))
-        for name, needs in tasks
+        Cell(name, strategy, refusal(name, needs, strategy, num_phases))
+        for name, needs, num_phases in [*built_in, *((name, needs, 1) for name, needs in extra)]
         for strategy in strategy_variants()
     ]

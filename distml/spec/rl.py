@@ -236,6 +236,7 @@ class TRPOSpec(RolloutBlock):
 
     summary: ClassVar[str] = "trust region policy optimisation, natural gradient (Schulman et al. 2015)"
     needs: ClassVar[Offers] = frozenset({"whole_weights", "group_mean"})
+    num_phases: ClassVar[int] = 2
     default_n_steps: ClassVar[int] = 64
 
     name: Literal["trpo"]

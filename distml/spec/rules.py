@@ -119,7 +119,8 @@ def listed(names: tuple[str, ...]) -> str:
 def _needs(job: JobSpec, own_needs: frozenset[str] | None) -> Iterator[Problem]:
     needs = (own_needs or frozenset()) if isinstance(job.task, OwnTaskSpec) else job.task.all_needs
     strategy: StrategyBlock = job.strategy
-    reason = refusal(job.task.name, needs, strategy)
+    num_phases = 1 if isinstance(job.task, OwnTaskSpec) else job.task.num_phases
+    reason = refusal(job.task.name, needs, strategy, num_phases)
     if reason is not None:
         yield Problem(reason, (("strategy",), ("task",)))
     if isinstance(strategy, ZeroSpec):

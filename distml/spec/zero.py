@@ -29,6 +29,10 @@ class ZeroSpec(StrategyBlock):
         return ALL_OFFERS if self.stage < 3 else frozenset({"group_mean", "one_version"})
 
     @property
+    def max_phases(self) -> int | None:
+        return 1
+
+    @property
     def keeps_parts(self) -> bool:
         return True
 

@@ -351,6 +351,10 @@ class Strategy(ABC):
         """(index, count) of the part that this worker evaluates; nobody's weights change meanwhile."""
         yield self.rank, self.world_size
 
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the task may read the model's weights outside its loss."""
+        return contextlib.nullcontext()
+
     def mark(self) -> None:
         """Time from here on is training (called after evaluations and the like)."""
         self._mark = time.perf_counter()

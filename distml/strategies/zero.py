@@ -43,7 +43,9 @@ class Zero(Strategy):
 
     # ------------------------------------------------------------------------------------------------------- building
     def prepare(self, task: Task, start_weights: Mapping[str, Array] | None, dataset_size: int | None) -> nn.Module:
-        check_task(task, self.stage)
+        if self.stage == 3 and type(task).after_update is not Task.after_update:
+            raise UsageError(f"task {type(task).__name__} changes weights after an update, and under zero/3 no worker "
+                             "has them all; use stage 1 or 2")  # fmt: skip
         return super().prepare(task, start_weights, dataset_size)
 
     @property
@@ -69,8 +71,9 @@ class Zero(Strategy):
 
     def _build(self) -> None:
         self._group: Group | None = None
+        self._engine: ShardedEngine | None = None
         self.updates = self.skipped = self._micro_batches = 0
-        self._frozen = {name: tensor.clone() for name, tensor in frozen_of(self.model, self.layout).items()}
+        self._frozen = {name: tensor.cpu() for name, tensor in frozen_of(self.model, self.layout).items()}
         values = [] if self.in_pieces else [parameter.data for parameter in self.parameters]
         self._fingerprint = fingerprint_of(self.layout, values, self._frozen)
 
@@ -93,7 +96,8 @@ class Zero(Strategy):
         self.group_numbers = [number for number, parameters in enumerate(groups) if parameters]
         optimizer = build_optimizer(self.job.optimizer, [parameters for parameters in groups if parameters])
         nominal = self.job.batch_size * (getattr(self.job.task, "tokens_per_example", None) or 1)
-        self.engine = ShardedEngine(self.module.forward, self.model, self.parameters, optimizer, config, wire, nominal)
+        loss = self.module.forward
+        self._engine = ShardedEngine(loss, self.model, self.parameters, optimizer, config, wire, nominal)
         self.carried = Carried(self.model)  # moved by DeepSpeed to its device
 
     def _config(self) -> dict[str, Any]:
@@ -112,6 +116,12 @@ class Zero(Strategy):
     def group(self) -> Group:
         assert self._group is not None
         return self._group
+
+    @property
+    def engine(self) -> ShardedEngine:
+        """What computes, updates and holds this rank's part."""
+        assert self._engine is not None
+        return self._engine
 
     # ------------------------------------------------------------------------------------------------------- one step
     def _forward(self, last: bool, *arguments: Any) -> Loss:
@@ -163,6 +173,9 @@ class Zero(Strategy):
         element_bytes = 4 if self.job.precision == "fp32" else 2
         return round(passes * (size - 1) / size * element_bytes * self.layout.numel)
 
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        return self.engine.gathering()
+
     # ----------------------------------------------------------------------------------------------------------- state
     def is_finite(self) -> bool:
         return all(bool(part.weights.isfinite().all()) for part in self.engine.parts())
@@ -199,21 +212,10 @@ class Zero(Strategy):
 
     def close(self) -> None:
         """Leave DeepSpeed's process-wide state as it was, for another run in this process."""
+        if self._engine is not None:
+            self._engine.close()
         if isinstance(self._group, ProcessGroup):
-            with contextlib.suppress(AttributeError):
-                self.engine.close()
             deepspeed.leave(self._group)
-
-
-def check_task(task: Task, stage: int) -> None:
-    """Raises UsageError for what DeepSpeed's engine has no place for."""
-    name = type(task).__name__
-    if len(task.phases) > 1:
-        raise UsageError(f"strategy zero updates all weights by one loss, and task {name} has {len(task.phases)} "
-                         "phases; use all_reduce")  # fmt: skip
-    if stage == 3 and type(task).after_update is not Task.after_update:
-        raise UsageError(f"task {name} changes weights after each update, and under zero/3 no worker has them all; "
-                         "use stage 1 or 2")  # fmt: skip
 
 
 def build_optimizer(spec: OptimizerSpec, groups: list[list[nn.Parameter]]) -> torch.optim.Optimizer:

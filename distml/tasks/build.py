@@ -46,7 +46,7 @@ def build_task(job: JobSpec, directory: Path | None = None) -> Task:
     spec = job.task
     if isinstance(spec, OwnTaskSpec):
         task = build_own_task(spec)
-        check_needs(spec.name, frozenset(task.needs), job.strategy)
+        check_needs(spec.name, frozenset(task.needs), len(task.phases), job.strategy)
         return task
     if isinstance(spec, RegressionSpec):
         from distml.tasks.regression import Regression
@@ -79,7 +79,7 @@ def build_task(job: JobSpec, directory: Path | None = None) -> Task:
     return Classification(spec.data, spec.model, split_seed=job.seed)
 
 
-def check_needs(name: str, needs: frozenset[str], strategy: StrategyBlock) -> None:
+def check_needs(name: str, needs: frozenset[str], num_phases: int, strategy: StrategyBlock) -> None:
     """Hold a task's needs against the strategy, also those that it inherits or computes.
 
     Raises:
@@ -88,7 +88,7 @@ def check_needs(name: str, needs: frozenset[str], strategy: StrategyBlock) -> No
     unknown = sorted(needs - ALL_OFFERS)
     if unknown:
         raise UsageError(f"task {name!r} needs {unknown[0]!r}, which is none of {', '.join(sorted(ALL_OFFERS))}")
-    reason = refusal(repr(name), needs, strategy)
+    reason = refusal(repr(name), needs, strategy, num_phases)
     if reason is not None:
         raise UsageError(reason)
 

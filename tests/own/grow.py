@@ -33,13 +33,17 @@ class Points:
 
 
 class Grow(distml.Task):
+    def __init__(self, dtype: str = "float64") -> None:
+        self.dtype = getattr(torch, dtype)
+
     def build_model(self) -> nn.Module:
-        return nn.Linear(3, 1).double()
+        return nn.Linear(3, 1).to(self.dtype)
 
     def stream(self, part: distml.Part) -> Points:
         return Points(part)
 
     def loss(self, model: nn.Module, batch: torch.Tensor, progress: distml.Progress) -> torch.Tensor:
+        batch = batch.to(self.dtype)
         return (model(batch).squeeze(1) - batch.sum(1)).square().mean()
 
     def evaluate(self, model: nn.Module, part: distml.Part, progress: distml.Progress) -> dict[str, distml.Mean]:

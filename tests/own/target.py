@@ -11,19 +11,22 @@ RATE = 0.25
 
 
 class Slow(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.randn(4, dtype=torch.float64).to(dtype))
         self.register_buffer("slow", self.weight.detach().clone())
 
 
 class Target(distml.Task):
+    def __init__(self, dtype: str = "float64") -> None:
+        self.dtype = getattr(torch, dtype)
+
     def build_model(self) -> nn.Module:
-        return Slow()
+        return Slow(self.dtype)
 
     def data(self, split: str) -> tuple[torch.Tensor, ...]:
         generator = torch.Generator().manual_seed(11)
-        inputs = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+        inputs = torch.randn(30, 4, generator=generator, dtype=torch.float64).to(self.dtype)
         return inputs, inputs.sum(1)
 
     def loss(self, model: Slow, batch: tuple, progress: distml.Progress) -> torch.Tensor:

@@ -21,6 +21,7 @@ LAGGING = ("parameter_server/async", "parameter_server/ssp", "local_sgd")
 SYNCHRONOUS_ONLY = {"trpo": "group_mean", "bandit": "one_version"}  # task -> the need that others do not offer
 NOT_OFFERED = {(task, label): need for task, need in SYNCHRONOUS_ONLY.items() for label in LAGGING} | {
     (task, "zero/3"): "whole_weights" for task in (*ACTING, *SYNCHRONOUS_ONLY)}  # fmt: skip
+IN_PHASES = {("trpo", "zero/1"), ("trpo", "zero/2")}  # all that it needs is offered
 
 
 def test_every_task_stands_in_it_with_every_strategy():
@@ -31,9 +32,21 @@ def test_every_task_stands_in_it_with_every_strategy():
 
 def test_what_is_refused_is_refused_for_the_need_that_is_not_offered():
     refused = {(cell.task, cell.strategy.label): cell.reason for cell in matrix() if not cell.trains}
-    assert refused.keys() == NOT_OFFERED.keys()
-    for (task, label), reason in refused.items():
+    assert refused.keys() == NOT_OFFERED.keys() | IN_PHASES
+    for task, label in NOT_OFFERED:
+        reason = refused[task, label]
         assert reason.startswith(f"task {task} needs {NOT_OFFERED[task, label]}, which {label} does not offer; ")
+
+
+def test_several_phases_are_refused_where_a_step_has_one():
+    refused = {(cell.task, cell.strategy.label): cell.reason for cell in matrix()}
+    for task, label in IN_PHASES:
+        assert refused[task, label] == (
+            f"task {task} updates its weights in 2 phases, and {label} knows one; "
+            "strategies that do: single, all_reduce, parameter_server/sync"
+        )
+    zero = next(strategy for strategy in strategy_variants() if strategy.label == "zero/1")
+    assert refusal("mine", frozenset(), zero, num_phases=1) is None
 
 
 def test_a_need_refuses_exactly_where_it_is_not_offered():
