@@ -23,11 +23,12 @@ CPU = torch.device("cpu")
 TIMEOUT_S = 120.0
 
 
-def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, survivors: int | None = None) -> list[Any]:
     """`work(rank, join, *arguments)` in `size` processes; what each returned, in rank order.
 
-    `join()` opens a group of all ranks; as often as all of them call it.
+    `join()` opens a group of all ranks; as often as all of them call it. Answers of the first `survivors` are enough.
     """
+    wanted = set(range(survivors or size))
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     pipes = [context.Pipe(duplex=False) for _ in range(size - 1)]
@@ -38,18 +39,18 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         process.start()
     found: dict[int, Any] = {}
     try:
-        while len(found) < size:
+        while wanted - set(found):
             rank, error, value = answers.get(timeout=TIMEOUT_S)
             if error is not None:
                 raise AssertionError(f"rank {rank}: {error}")
             found[rank] = value
     except queue.Empty:
-        raise AssertionError(f"no answer of ranks {sorted(set(range(size)) - set(found))} in {TIMEOUT_S:g} s") from None
+        raise AssertionError(f"no answer of ranks {sorted(wanted - set(found))} in {TIMEOUT_S:g} s") from None
     finally:
         for process in processes:
             process.kill()
             process.join(TIMEOUT_S)
-    return [found[rank] for rank in range(size)]
+    return [found[rank] for rank in sorted(wanted)]
 
 
 def _rank(rank: int, size: int, ends: list[Connection], answers: Any, work: Callable[..., Any], arguments: Any) -> None:
