@@ -99,6 +99,18 @@ def test_a_run_that_loses_ranks_ends_bit_by_bit_as_if_it_had_not(stage, tmp_path
 
 
 @pytest.mark.slow
+def test_a_rank_that_dies_in_an_evaluation_is_a_loss_to_the_others_and_no_error_of_theirs(tmp_path, monkeypatch):
+    """They notice in the model's own forward pass, where weights are gathered."""
+    monkeypatch.chdir(OWN)
+    task = {"name": "mortal:Mortal", "args": {"marker": str(tmp_path / "died"), "version": 10}}
+    spec = spec_of(task, strategy=zero(3), workers=2, steps=15, limits=LIMITS, evaluate={"every": 5},
+                   checkpoint={"every": 5})  # fmt: skip
+    result, notes = run(tmp_path / "run", spec)
+    assert (result.status, result.step, result.metrics["runtime/restarts"]) == ("done", 15, 1)
+    assert any("all go on from step" in line for line in notes)
+
+
+@pytest.mark.slow
 def test_restarts_are_counted_and_come_to_an_end(tmp_path):
     spec = rhyming(zero(2), 2, 20)
     spec["limits"] = {**spec["limits"], "max_restarts": 1}
