@@ -152,7 +152,7 @@ def test_what_acts_is_left_out_and_what_needs_values_is_said():
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(3))
-            assert float(self.weight.sum()) == 3.0
+            assert self.weight.sum().item() == 3.0
 
     class Task:
         build_model = staticmethod(Reads)

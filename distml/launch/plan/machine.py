@@ -15,11 +15,13 @@ from distml.launch.plan.cluster import CARDS, GIB, Card, ClusterSpec
 from distml.launch.plan.places import Places
 from distml.memory import memory_bytes
 from distml.spec.schema import JobSpec
+from distml.spec.zero import ZeroSpec
 
 ASSUMED_CARD = "a100"
 UTILISATION = ClusterSpec.model_fields["utilisation"].default
 CPU_PROCESS_BYTES = 0.35 * GIB  # Python, torch and Ray's part of a worker, before it has a model
 GPU_PROCESS_BYTES = 0.75 * GIB  # of a card: CUDA's context, kernels, NCCL's buffers
+DEEPSPEED_BYTES = 0.13 * GIB  # what its import adds
 SIDE, PRODUCTS = 64, 200  # a few milliseconds
 
 
@@ -89,7 +91,8 @@ def _cpu(job: JobSpec, places: Places, cluster: ClusterSpec | None) -> Machine:
         flops = flops_of_a_core() * cores
         rate = f"{flops / 1e9:.0f} GFLOP/s, as a product of matrices just had"
     each = f"host's memory / {sharing}" if sharing > 1 else "host's memory"
-    return Machine(whole / sharing, each, source, flops, rate, CPU_PROCESS_BYTES)
+    process = CPU_PROCESS_BYTES + (DEEPSPEED_BYTES if isinstance(job.strategy, ZeroSpec) else 0.0)
+    return Machine(whole / sharing, each, source, flops, rate, process)
 
 
 def card_here() -> tuple[str, float] | None:

@@ -67,7 +67,7 @@ def links_of(places: Places, cluster: ClusterSpec | None) -> Links:
 
 
 def bytes_per_step(job: JobSpec, size: Size, places: Places, accumulation: int = 1) -> float:
-    """What one rank sends for one step, as `comm/bytes_per_step` counts it."""
+    """What one rank sends for one step: its part of `comm/bytes_per_step`, which is of all."""
     strategy, ranks = job.strategy, places.ranks
     ring, shared = (ranks - 1) / ranks, places.transport == "shared_memory"
     compression = getattr(strategy, "compression", None)
