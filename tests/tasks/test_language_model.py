@@ -10,6 +10,7 @@ import torch
 from own.oracle import distance, job_of, oracle, spec_of, train
 from torch import nn
 
+from distml.errors import UsageError
 from distml.tasks.base import Part, Progress
 from distml.tasks.build import build_task
 from distml.tasks.data import DatasetStream, take
@@ -154,3 +155,8 @@ def test_what_is_known_takes_no_text(monkeypatch):
     with torch.device("meta"):
         model = task_of(tokenizer="bpe", model={**TASK["model"], "max_positions": 99}).build_model()
     assert (model.vocabulary, model.max_positions) == (4096, 99)
+
+
+def test_fewer_rows_than_characters_are_refused_when_they_are_counted():
+    with pytest.raises(UsageError, match=r"task\.model\.vocabulary 44 is smaller than the tokeniser's 45 tokens"):
+        task_of(tokenizer="characters", model={**TASK["model"], "vocabulary": 44}).build_model()
