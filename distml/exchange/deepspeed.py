@@ -174,7 +174,8 @@ class ShardedEngine:
         self.parameters: list[Any] = list(parameters)  # with attributes of DeepSpeed
         self.index = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         whole, deepspeed = _Total(loss, model), library(parameters[0].device)
-        self.engine, self.optimizer, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=config)
+        with self._peers("initialisation"):
+            self.engine, self.optimizer, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=config)
         self.scaler = SumScaler(self.optimizer.loss_scaler, group.size, nominal)
         self.optimizer.loss_scaler = self.scaler
         self.cuts_weights = bool(self.engine.zero_optimization_partition_weights())
