@@ -124,6 +124,45 @@ class SumScaler:
             setattr(self.inner, name, value)
 
 
+class UsedParameters:
+    """Watches that all ranks' losses depend on the same parameters, in every backward.
+
+    DeepSpeed puts gradients into buckets as they come, and adds up whatever ranks have at the same place of a bucket.
+    So with other parameters on another rank the sums would be of different ones' gradients, if they came to an end.
+
+    Args:
+        names: of the parameters.
+        group: of all ranks.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str], group: ProcessGroup) -> None:
+        self.parameters, self.names, self.group = parameters, names, group
+        self.used: bytes | None = None
+
+    def __call__(self, _: Tensor) -> None:
+        """The hook of a loss, which runs as its backward begins.
+
+        Raises:
+            ValueError: a parameter is used here and not there, or now and not before.
+        """
+        node, runs = torch.autograd.graph._get_grad_fn_or_grad_acc, torch._C._will_engine_execute_node
+        used = bytes(runs(node(parameter)) for parameter in self.parameters)
+        if self.used is None:
+            for rank, other in enumerate(self.group.all_gather(used)):
+                self._compare(used, other, f"rank {self.group.rank}", f"rank {rank}")
+            self.used = used
+        self._compare(used, self.used, "this step", "the first")
+
+    def _compare(self, one: bytes, other: bytes, here: str, there: str) -> None:
+        if one != other:
+            place = next(index for index, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+            has, lacks = (here, there) if one[place] else (there, here)
+            raise ValueError(
+                f"the loss of {has} depends on {self.names[place]}, that of {lacks} does not; under zero it must "
+                "depend on the same parameters on all ranks and in all steps; use all_reduce"
+            )
+
+
 class _Total(nn.Module):
     """The wrapped module. What backward begins with comes first and by itself: DeepSpeed looks into no dataclass."""
 
@@ -159,7 +198,7 @@ class ShardedEngine:
     Args:
         loss: gives a dataclass with the loss of arguments, `total`. A function, not a module.
         model: what it computes with.
-        parameters: the trained ones, in whatever order the caller numbers them.
+        parameters: the trained ones by name, in the order by which parts are numbered.
         optimizer: over them, in groups.
         config: DeepSpeed's.
         group: of all ranks, torch's default group.
@@ -167,13 +206,14 @@ class ShardedEngine:
     """
 
     def __init__(
-        self, loss: Callable[..., Any], model: nn.Module, parameters: Sequence[nn.Parameter],
+        self, loss: Callable[..., Any], model: nn.Module, parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer, config: dict[str, Any], group: ProcessGroup, nominal: float,
     ) -> None:  # fmt: skip
         self.group = group
-        self.parameters: list[Any] = list(parameters)  # with attributes of DeepSpeed
+        self.parameters: list[Any] = list(parameters.values())  # with attributes of DeepSpeed
         self.index = {id(parameter): index for index, parameter in enumerate(self.parameters)}
-        whole, deepspeed = _Total(loss, model), library(parameters[0].device)
+        self.watch = UsedParameters(self.parameters, list(parameters), group)
+        whole, deepspeed = _Total(loss, model), library(self.parameters[0].device)
         with self._peers("initialisation"):
             self.engine, self.optimizer, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=config)
         self.scaler = SumScaler(self.optimizer.loss_scaler, group.size, nominal)
@@ -191,6 +231,7 @@ class ShardedEngine:
 
     def backward(self, total: Tensor) -> None:
         """Add the gradients of this sum to those of the step."""
+        total.register_hook(self.watch)
         with self._peers("backward"), torch.enable_grad():
             self.engine.backward(total, scale_wrt_gas=False)
 
@@ -199,8 +240,6 @@ class ShardedEngine:
         self.scaler.expect(count)
         with self._peers("step"):
             self.engine.step()
-        if self.cuts_weights:  # DeepSpeed leaves the gradients of parameters that the next step may not use
-            self.optimizer.grad_partitions_flat_buffer.zero_()
         return not self.optimizer.overflow
 
     @property

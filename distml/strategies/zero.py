@@ -96,8 +96,9 @@ class Zero(Strategy):
         self.group_numbers = [number for number, parameters in enumerate(groups) if parameters]
         optimizer = build_optimizer(self.job.optimizer, [parameters for parameters in groups if parameters])
         nominal = self.job.batch_size * (getattr(self.job.task, "tokens_per_example", None) or 1)
-        loss = self.module.forward
-        self._engine = ShardedEngine(loss, self.model, self.parameters, optimizer, config, wire, nominal)
+        loss, names = self.module.forward, (entry.name for entry in self.layout.entries)
+        named = dict(zip(names, self.parameters, strict=True))
+        self._engine = ShardedEngine(loss, self.model, named, optimizer, config, wire, nominal)
         self.carried = Carried(self.model)  # moved by DeepSpeed to its device
 
     def _config(self) -> dict[str, Any]:

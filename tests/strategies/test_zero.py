@@ -31,12 +31,13 @@ CASES: dict[str, dict[str, Any]] = {
     "nesterov, groups": {"optimizer": {**NESTEROV, "groups": GROUPS}},
     "rmsprop, accumulated": {"optimizer": {"name": "rmsprop", "lr": 0.005, "momentum": 0.5}, "micro_batch_size": 2},
     "uneven": {**UNEVEN, "micro_batch_size": 3},
+    "partly idle": {"task": {"name": "branching:Branching", "args": {"uses": "first"}}, "optimizer": ADAMW},
     "tied": {"task": GPT, "optimizer": {"name": "adamw", "lr": 0.02}, "batch_size": 4},
 }
 PLACES = [(case, stage) for case in CASES for stage in STAGES]
 TURNS = [(case, stage) for case, stage in PLACES if case in ("adamw", "uneven", "tied")]  # those that all stages run
 TURNS += [("adam, clipped", 1), ("adam, clipped", 3), ("nesterov, groups", 2), ("nesterov, groups", 3),
-          ("rmsprop, accumulated", 2), ("rmsprop, accumulated", 3)]  # fmt: skip
+          ("partly idle", 1), ("partly idle", 3), ("rmsprop, accumulated", 2), ("rmsprop, accumulated", 3)]  # fmt: skip
 
 
 def spec(case: str, strategy: Any) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def trained(rank: int, join: Any) -> dict[Any, Any]:
             "metrics": trainer.evaluate("validation"), "layout": trainer.strategy.layout,
         }  # fmt: skip
         trainer.strategy.close()
-    return found
+    return found | {"said": uneven_use(rank, join)}
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +218,28 @@ def test_without_its_moments_a_state_goes_on_otherwise(replicas, state):
 
 
 # ----------------------------------------------------------------------------------------------------------- failures
+def uneven_use(rank: int, join: Any) -> list[str]:
+    """What is said where the parameters that the loss depends on are not always the same."""
+    said = []
+    for uses in ("by step", "by batch"):
+        trainer = trainer_of(spec_of({"name": "branching:Branching", "args": {"uses": uses}}, steps=9, batch_size=2,
+                                     strategy={"name": "zero", "stage": 1}, workers=2), rank, 2)  # fmt: skip
+        trainer.connect(join(), None)
+        try:
+            list(trainer.advance(8))
+        except ValueError as error:
+            said.append(f"step {trainer.strategy.progress.version}: {error}")
+        trainer.strategy.close()
+    return said
+
+
+def test_losses_that_do_not_always_depend_on_the_same_parameters_are_refused(zero):
+    by_step, by_batch = zero[0]["said"]
+    assert by_step.startswith("step 1: the loss of this step depends on 1.weight, that of the first does not; ")
+    assert "depends on 1.weight, that of " in by_batch
+    assert by_batch.endswith("on all ranks and in all steps; use all_reduce")
+
+
 def bereaved(rank: int, join: Any, stage: int) -> str:
     """Rank 1 dies after two steps; what rank 0 says."""
     trainer = trainer_of(spec("adamw", {"name": "zero", "stage": stage}), rank, 2)
