@@ -251,6 +251,8 @@ class Trainer:
         self.model.eval()
         try:
             dataset = self._dataset(split) if type(self.task).data is not Task.data else None
+            if dataset is not None and self.strategy.computes_together and type(self.task).evaluate is Task.evaluate:
+                check_parts(split, length(dataset), count)
             seed_everything(seed)
             part = Part(index, count, seed, split, self.job.rows_at_once, dataset, self.device)
             with torch.no_grad(), self.strategy.reading():
@@ -368,6 +370,13 @@ class Trainer:
             for name, tensor in self.model.state_dict().items():
                 if name in state:
                     tensor.copy_(state[name])
+
+
+def check_parts(split: str, examples: int, workers: int) -> None:
+    """Where forwards are collectives, `Task.evaluate` must make one on every worker, and makes none of nothing."""
+    if examples < workers:
+        raise ValueError(f"the {split} split has {examples} examples for {workers} workers, who evaluate together; "
+                         "take fewer workers, or zero's stage 2")  # fmt: skip
 
 
 def failure(trainer: Trainer, error: Exception) -> Failed:

@@ -81,6 +81,17 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(LOST.search(str(error))))
 
 
+@contextlib.contextmanager
+def peers(group: ProcessGroup, operation: str) -> Iterator[None]:
+    """Inside, an error of a connection becomes `PeerLost`, and closes this rank's so that others hear of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise group.lost(operation, error) from error
+
+
 class SumScaler:
     """In the place of DeepSpeed's loss scaler, which goes on choosing fp16's dynamic scale.
 
@@ -184,12 +195,14 @@ class Part:
         start: its first element in the flattened parameter.
         weights: float32.
         state: the optimiser's vectors for these elements, by torch's names; empty before the first step.
+        away: whether all this is a copy of what lies on a drive; else they are views.
     """
 
     index: int
     start: int
     weights: Tensor
     state: dict[str, Tensor]
+    away: bool = False
 
 
 class ShardedEngine:
@@ -214,7 +227,7 @@ class ShardedEngine:
         self.index = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         self.watch = UsedParameters(self.parameters, list(parameters), group)
         whole, deepspeed = _Total(loss, model), library(self.parameters[0].device)
-        with self._peers("initialisation"):
+        with peers(self.group, "initialisation"):
             self.engine, self.optimizer, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=config)
         self.scaler = SumScaler(self.optimizer.loss_scaler, group.size, nominal)
         self.optimizer.loss_scaler = self.scaler
@@ -225,20 +238,20 @@ class ShardedEngine:
     def __call__(self, last: bool, *arguments: Any) -> Any:
         """The loss of a micro-batch; `last` of its step."""
         self.engine.set_gradient_accumulation_boundary(last)
-        with self._peers("forward"):
+        with peers(self.group, "forward"):
             total, loss = self.engine(*arguments)
         return dataclasses.replace(loss, total=total)
 
     def backward(self, total: Tensor) -> None:
         """Add the gradients of this sum to those of the step."""
         total.register_hook(self.watch)
-        with self._peers("backward"), torch.enable_grad():
+        with peers(self.group, "backward"), torch.enable_grad():
             self.engine.backward(total, scale_wrt_gas=False)
 
     def step(self, count: float) -> bool:
         """Update by the step's gradients, a sum over `count`; False: they overflowed, and nothing was updated."""
         self.scaler.expect(count)
-        with self._peers("step"):
+        with peers(self.group, "step"):
             self.engine.step()
         return not self.optimizer.overflow
 
@@ -251,16 +264,6 @@ class ShardedEngine:
     def grad_norm(self) -> float:
         """Of the last step's mean gradient, before clipping."""
         return float(self.engine.get_global_grad_norm())
-
-    @contextlib.contextmanager
-    def _peers(self, operation: str) -> Iterator[None]:
-        """Inside, an error of a connection becomes `PeerLost`, and closes this rank's so that others hear of it."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_lost(error):
-                raise
-            raise self.group.lost(operation, error) from error
 
     @contextlib.contextmanager
     def gathering(self) -> Iterator[None]:
@@ -279,7 +282,7 @@ class ShardedEngine:
             module._parameters._in_forward = True
         FWD_MODULE_STACK.append(self.model)  # in whose name they are gathered
         try:
-            with self._peers("gathering outside the loss"):
+            with peers(self.group, "gathering outside the loss"):
                 yield
         finally:
             FWD_MODULE_STACK.pop()
@@ -289,7 +292,7 @@ class ShardedEngine:
 
     # ----------------------------------------------------------------------------------------------------------- state
     def parts(self) -> Iterator[Part]:
-        """This rank's part of each parameter that it has one of. Views: what is written into them is the state."""
+        """This rank's part of each parameter that it has one of; what is written into it is to be kept by `keep`."""
         yield from self._parts_of_weights() if self.cuts_weights else self._parts_of_groups()
 
     def _parts_of_groups(self) -> Iterator[Part]:
@@ -309,15 +312,34 @@ class ShardedEngine:
     def _parts_of_weights(self) -> Iterator[Part]:
         """Stage 3 cuts each parameter into W, the last of them padded."""
         zero = self.optimizer
-        for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
             state, offset = vectors(zero.optimizer.state.get(flat, {}), flat), 0
-            for parameter in group:
+            away = bool(zero._swappable_optimizer_subgroup(number))
+            for parameter in zero.fp16_groups[number]:
                 size = int(parameter.partition_numel())
                 start = self.group.rank * size
                 length = min(size, parameter.ds_numel - start)
-                if length > 0:
+                if length > 0 and away:
+                    yield self._fetched(parameter, start, length, list(state))
+                elif length > 0:
                     yield self._part(parameter, start, flat, state, slice(offset, offset + length))
                 offset += size
+
+    def _fetched(self, parameter: Any, start: int, length: int, names: list[str]) -> Part:
+        """A part that DeepSpeed keeps on a drive. Never run here: NVMe needs a library that DeepSpeed compiles."""
+        named = {name: self.optimizer.get_local_fp32_param(parameter, name)[:length] for name in names}
+        weights = self.optimizer.get_local_fp32_param(parameter)[:length]
+        return Part(self.index[id(parameter)], start, weights, named, away=True)
+
+    def keep(self, part: Part) -> None:
+        """Let what was written into a part be the state."""
+        if not part.away:
+            return
+        parameter = self.parameters[part.index]
+        for name, values in ((None, part.weights), *part.state.items()):
+            whole = values.new_zeros(int(parameter.partition_numel()))
+            whole[: len(values)] = values
+            self.optimizer.set_local_hp_param(whole, parameter, name)
 
     def _part(
         self, parameter: nn.Parameter, start: int, flat: Tensor, state: dict[str, Tensor], own: slice
@@ -336,7 +358,7 @@ class ShardedEngine:
     def refresh(self) -> None:
         """The weights that are computed with follow those in `parts`. A collective."""
         zero = self.optimizer
-        with self._peers("gathering the weights"):
+        with peers(self.group, "gathering the weights"):
             if not self.cuts_weights:
                 zero.update_lp_params()
                 return

@@ -351,6 +351,11 @@ class Strategy(ABC):
         """(index, count) of the part that this worker evaluates; nobody's weights change meanwhile."""
         yield self.rank, self.world_size
 
+    @property
+    def computes_together(self) -> bool:
+        """Whether every forward is a collective, so that all ranks must make as many of them."""
+        return False
+
     def reading(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the task may read the model's weights outside its loss."""
         return contextlib.nullcontext()

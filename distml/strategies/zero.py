@@ -90,7 +90,8 @@ class Zero(Strategy):
         self._group = wire = deepspeed.join(wire, self.device, self.job.limits.lost_after_s)
         config = self._config()
         if self.in_pieces:
-            self._build_in_pieces(config)
+            with deepspeed.peers(wire, "building the model"):
+                self._build_in_pieces(config)
         groups = [[p for p, entry in zip(self.parameters, self.layout.entries, strict=True) if entry.group == number]
                   for number in range(len(self.job.optimizer.groups) + 1)]  # fmt: skip
         self.group_numbers = [number for number, parameters in enumerate(groups) if parameters]
@@ -174,6 +175,10 @@ class Zero(Strategy):
         element_bytes = 4 if self.job.precision == "fp32" else 2
         return round(passes * (size - 1) / size * element_bytes * self.layout.numel)
 
+    @property
+    def computes_together(self) -> bool:
+        return self.stage == 3
+
     def reading(self) -> contextlib.AbstractContextManager[None]:
         return self.engine.gathering()
 
@@ -204,6 +209,7 @@ class Zero(Strategy):
             for torch_name, vector in part.state.items():
                 moment = read(names[torch_name], parameter, part.start, stop)
                 vector.zero_() if moment is None else vector.copy_(from_numpy(moment))
+            self.engine.keep(part)
         self.engine.refresh()
         self.load_clock(clock)
 

@@ -11,14 +11,16 @@ import pytest
 from own.oracle import Trained, spec_of, train
 from own.ranks import on_ranks, trainer_of
 
+from distml.errors import UsageError
 from distml.events import Report
 from distml.exchange.channel import PeerLost
 from distml.exchange.deepspeed import SumScaler
 from distml.exchange.layout import Layout
-from distml.loop import Trainer
+from distml.loop import Trainer, check_parts
 
 STAGES = (1, 2, 3)
 FLOAT32 = {"dtype": "float32"}
+SMALL = {"name": "small:Small", "args": FLOAT32}
 ADAMW = {"name": "adamw", "lr": 0.02, "weight_decay": 0.1, "schedule": {"name": "cosine", "warmup": 5, "steps": 60}}
 NESTEROV = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
 GROUPS = [{"match": "*.bias", "weight_decay": 0.0, "lr": 0.05}]
@@ -42,7 +44,7 @@ TURNS += [("adam, clipped", 1), ("adam, clipped", 3), ("nesterov, groups", 2), (
 
 def spec(case: str, strategy: Any) -> dict[str, Any]:
     """One more step than is taken: the last one's duties are others' tests."""
-    settings = {"task": {"name": "small:Small", "args": FLOAT32}, "steps": 10} | CASES[case]
+    settings = {"task": SMALL, "steps": 10} | CASES[case]
     return spec_of(**settings | {"steps": settings["steps"] + 1, "strategy": strategy, "workers": 2,
                                  "evaluate": {"every": 100}, "log": {"every": 1, "to": []}})  # fmt: skip
 
@@ -195,7 +197,7 @@ def state(half_way: Trained) -> tuple[dict[str, np.ndarray], Layout, dict[str, A
     return {"model": strategy.flat.weights.numpy().copy(), **moments}, strategy.layout, clock
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_stage_goes_on_from_a_state_at_any_size(replicas, state, size):
     whole, layout, clock = state
     stages = STAGES if size == 1 else (1, 3)
@@ -262,6 +264,19 @@ def test_a_peer_that_is_gone_is_told_from_an_error(stage):
     assert "of 2 ranks" in said
 
 
+def test_forwards_that_are_collectives_are_made_by_all():
+    check_parts("validation", 2, 2)
+    with pytest.raises(ValueError, match="validation split has 1 examples for 2 workers, who evaluate together"):
+        check_parts("validation", 1, 2)
+    computes_together = [trainer.strategy.computes_together for trainer in each_stage(task=SMALL)]
+    assert computes_together == [False, False, True]
+
+
+def test_a_model_of_other_floats_is_refused():
+    with pytest.raises(UsageError, match=r"updates float32 weights, those of Small are torch.float64"):
+        trainer_of(spec_of("small:Small", strategy="zero"), 0, 1)
+
+
 def each_stage(**settings: Any) -> Iterator[Trainer]:
     """A connected trainer of one worker at each stage; closed afterwards."""
     for stage in STAGES:
@@ -274,14 +289,14 @@ def each_stage(**settings: Any) -> Iterator[Trainer]:
 
 
 def test_a_loss_that_fails_is_the_users(monkeypatch):
-    for trainer in each_stage(task={"name": "small:Small", "args": FLOAT32}):
+    for trainer in each_stage(task=SMALL):
         monkeypatch.setattr(trainer.task, "loss", lambda *_: (_ for _ in ()).throw(RuntimeError("mine")))
         with pytest.raises(RuntimeError, match=r"^mine$"):
             list(trainer.advance(1))
 
 
 def test_gradients_that_are_not_finite_end_the_run(monkeypatch):
-    for trainer in each_stage(task={"name": "small:Small", "args": FLOAT32}):
+    for trainer in each_stage(task=SMALL):
         backward = trainer.strategy.engine.backward
         monkeypatch.setattr(trainer.strategy.engine, "backward", lambda total, run=backward: run(total * float("inf")))
         with pytest.raises(FloatingPointError, match="not finite at step 0"):
