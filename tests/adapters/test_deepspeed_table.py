@@ -1,4 +1,4 @@
-"""The table of DeepSpeed's settings is what the installed DeepSpeed has, and of each it is said whether it may be set."""
+"""The table of DeepSpeed's settings is what the installed DeepSpeed has; of each it is said whether it may be set."""
 
 from __future__ import annotations
 

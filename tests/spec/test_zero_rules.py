@@ -43,7 +43,7 @@ DEEP = "strategy:\n  name: zero\n  stage: 3\n  offload: [optimizer]\n  deepspeed
 
 @pytest.mark.parametrize(("text", "place", "hint"), [
     (f"{DEEP}    zero_optimisation: {{}}\n", "z.yaml:11:5", "did you mean 'zero_optimization'?"),
-    (f"{DEEP}    zero_optimization:\n      reduce_bukcet_size: 4\n", "z.yaml:12:7", "did you mean 'reduce_bucket_size'"),
+    (f"{DEEP}    zero_optimization:\n      reduce_bukcet_size: 4\n", "z.yaml:12:7", "mean 'reduce_bucket_size'"),
     (f"{DEEP}    zero_optimization:\n      offload_optimizer: {{pin_memry: true}}\n", "z.yaml:12:27", "'pin_memory'?"),
     (f"{DEEP}    gradient_clipp1ng: 1.0\n", "z.yaml:11:5", "unknown key"),
     (f"{DEEP}    fp16: {{hysteressis: 2}}\n", "z.yaml:11:12", "did you mean 'hysteresis'?"),
