@@ -343,14 +343,17 @@ class Driver:
             return
         if self.memory_ran_out:
             message = f"{self._with_advice(event.cause)}; not restarted again: it was the second time"
-            raise RunError(message, role=event.role, step=self.version)
+            raise RunError(message, role=event.role, phase=event.phase, step=self.version)
         self.memory_ran_out = True
 
     def _recover(self, event: Lost) -> None:
         self._check_memory(event)
         if self.restarts >= self.job.limits.max_restarts:
-            raise RunError(f"{self._with_advice(event.cause)}; not restarted again (limits.max_restarts: "
-                           f"{self.job.limits.max_restarts})", role=event.role, step=self.version)  # fmt: skip
+            message = (
+                f"{self._with_advice(event.cause)}; not restarted again (limits.max_restarts: "
+                f"{self.job.limits.max_restarts})"
+            )
+            raise RunError(message, role=event.role, phase=event.phase, step=self.version)
         self.restarts += 1
         self.metrics["runtime/restarts"] = self.restarts
         self._fetch()
@@ -361,7 +364,9 @@ class Driver:
         try:
             went_back = self.group.recover(self.cut)
         except UsageError as error:  # no place, no answer: what is a user's matter at the start is a failure now
-            raise RunError(f"{event.cause}; not recovered: {error}", role=event.role, step=self.version) from error
+            raise RunError(
+                f"{event.cause}; not recovered: {error}", role=event.role, phase=event.phase, step=self.version
+            ) from error
         self._forget_candidates(None if went_back else event.role)
         if went_back:
             self.store.discard(left)

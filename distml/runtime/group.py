@@ -34,10 +34,11 @@ class Description:
 
 @dataclass
 class Lost:
-    """A process died or no longer answers."""
+    """A process died or no longer answers; `phase` is what it was doing when it was last heard of."""
 
     role: str
     cause: str
+    phase: str
 
 
 class WorkerGroup(Protocol):

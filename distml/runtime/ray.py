@@ -88,6 +88,8 @@ class RayRuntime:
         self.streams: dict[int, Any] = {}
         self.pings: dict[str, tuple[Any, float]] = {}
         self.heard: dict[str, float] = {}
+        self.asked: dict[str, float] = {}  # when it was last pinged
+        self.phases: dict[str, str] = {}  # what it said then that it was doing
         self.lost: dict[str, str] = {}
         self.finished: set[int] = set()
         self.broken: dict[str, tuple[float, str]] = {}  # whose exchange broke, when and how; a death explains it soon
@@ -405,7 +407,8 @@ class RayRuntime:
             if self.stop_asked and self._stopping():
                 return
             while self.lost:  # `recover` clears it, and fills it anew when somebody dies meanwhile
-                yield Lost(*next(iter(self.lost.items())))
+                role, cause = next(iter(self.lost.items()))
+                yield Lost(role, cause, self.phases.get(role, "start"))
 
     def _stopping(self) -> bool:
         """Pass a request to stop on; True when waiting for the workers is over: some are gone, or it takes too long.
@@ -455,14 +458,15 @@ class RayRuntime:
                 continue
             ping = self.pings.get(role)
             if ping is None:
-                if now - self.heard.get(role, 0.0) >= limits.heartbeat_s:
+                if now - self.asked.get(role, 0.0) >= limits.heartbeat_s:  # however much it tells: a death has a phase
                     self.pings[role] = (actor.ping.remote(), now)
+                    self.asked[role] = now
                 continue
             if ray.wait([ping[0]], timeout=0)[0]:
                 del self.pings[role]
                 try:
                     activity, motionless_s = ray.get(ping[0])
-                    self.heard[role] = now
+                    self.heard[role], self.phases[role] = now, activity
                     if motionless_s > patience_s(self.job):
                         self._end(role)
                         self._mark_lost(role, f"it has not moved in {activity} for {motionless_s:.0f} s and was ended; "
@@ -522,6 +526,7 @@ class RayRuntime:
         Whoever dies meanwhile is the next `Lost`: the one who consumes `events` counts it, and calls again.
         """
         roles, self.lost = list(self.lost), {}
+        self.phases = {role: phase for role, phase in self.phases.items() if role not in roles}
         self.injections = without_spent(self.injections, roles)
         only_workers = all(role.startswith("rank") for role in roles)
         went_back = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from distml import Task
 
 
 class Mortal(Task):
-    def __init__(self, marker: str, version: int, split: str = "validation") -> None:
-        self.marker, self.version, self.split = Path(marker), version, split
+    def __init__(self, marker: str, version: int, split: str = "validation", pause_s: float = 0.0) -> None:
+        self.marker, self.version, self.split, self.pause_s = Path(marker), version, split, pause_s
 
     def build_model(self):
         return nn.Linear(3, 1)
@@ -30,5 +31,6 @@ class Mortal(Task):
     def evaluate(self, model, part, progress):
         if part.split == self.split and progress.version >= self.version and not self.marker.exists():
             self.marker.touch()
+            time.sleep(self.pause_s)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().evaluate(model, part, progress)

@@ -30,7 +30,7 @@ class Dying(InlineRuntime):
 
     def events(self) -> Iterator[Event | Lost]:
         for cause in self.deaths:
-            yield Lost("rank 0", cause)
+            yield Lost("rank 0", cause, "backward")
         yield from super().events()
 
 
@@ -53,7 +53,7 @@ def test_a_second_one_ends_the_run_with_what_a_plan_says(tmp_path):
     with pytest.raises(RunError) as caught:
         trained(tmp_path / "run", [KILLED, KILLED])
     assert str(caught.value) == (
-        f"rank 0, step 0: {KILLED}; plan says 9.00 GiB; not restarted again: it was the second time"
+        f"rank 0, backward, step 0: {KILLED}; plan says 9.00 GiB; not restarted again: it was the second time"
     )
 
 

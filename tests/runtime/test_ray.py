@@ -148,12 +148,21 @@ def test_ssp_survives_its_clock(tmp_path):
 def test_too_many_deaths_end_the_run_with_one_line_and_keep_its_checkpoints(tmp_path):
     inject = ["kill:rank=1,step=34", "kill:rank=1,step=40"]
     limits = {**SPEC["limits"], "max_restarts": 1}
-    with pytest.raises(RunError, match=r"rank 1, step \d+: .*killed by a signal.*max_restarts: 1") as caught:
+    with pytest.raises(RunError, match=r"rank 1, [a-z_]+, step \d+: .*killed by a signal.*max_restarts: 1") as caught:
         run(tmp_path / "run", inject=inject, limits=limits)
     assert caught.value.exit_code == 3
     assert weights(tmp_path / "run", 30)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["status"], result["error"]["rank"]) == ("failed", "rank 1")
+
+
+def test_a_death_says_what_the_process_was_doing(tmp_path, monkeypatch):
+    """As it was last asked: three times in the pause before it dies."""
+    monkeypatch.chdir(Path(__file__).parents[1] / "own")
+    task = {"name": "mortal:Mortal", "args": {"marker": str(tmp_path / "died"), "version": 30, "pause_s": 1.5}}
+    with pytest.raises(RunError, match=r"rank \d, evaluate, step 30: .*killed by a signal") as caught:
+        run(tmp_path / "run", task=task, limits={**SPEC["limits"], "max_restarts": 0})
+    assert caught.value.phase == "evaluate"
 
 
 def test_a_loss_that_is_nan_names_rank_and_step_and_is_not_tried_again(tmp_path):
