@@ -10,6 +10,7 @@ document is in one split as a whole. Which one is drawn from the seed; within a 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import mmap
 import os
 import re
@@ -28,6 +29,7 @@ SPLITS = ("train", "validation", "test")
 NOT_THE_LIBRARY = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"})
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
 FEW_DOCUMENTS, PIECES = 20, 100
+HASHED_BYTES = 64 * 2**20  # of a corpus that is known by what it holds; reading these takes a fraction of a second
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def find_files(spec: CorpusSpec) -> list[File]:
     Raises:
         UsageError: there are none, or they cannot be listed.
     """
-    root = Path(sysconfig.get_path("stdlib")) if spec.path == STDLIB else Path(spec.path)
+    root = _root(spec)
     try:
         if root.is_file():
             files = [_file(root, root.name)]
@@ -76,6 +78,28 @@ def find_files(spec: CorpusSpec) -> list[File]:
         what = "is empty" if root.is_file() else f"has no file that matches {spec.pattern!r} and is not empty"
         raise UsageError(f"corpus {root} {what}; set task.data.path to a text file, or to a folder of them")
     return found
+
+
+def fingerprint(spec: CorpusSpec, files: Sequence[File]) -> dict[str, object]:
+    """What tells these files from all others, as JSON: where they are, their names, and what they hold.
+
+    Of more than `HASHED_BYTES`, sizes and times stand for what they hold.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    small = sum(file.size for file in files) <= HASHED_BYTES
+    held = [[file.name, _sha256(file)] if small else [file.name, file.size, file.modified] for file in files]
+    return {"root": os.path.realpath(_root(spec)), "files": held}
+
+
+def _sha256(file: File) -> str:
+    with _contents(file) as data:
+        return hashlib.sha256(data).hexdigest()
+
+
+def _root(spec: CorpusSpec) -> Path:
+    return Path(sysconfig.get_path("stdlib")) if spec.path == STDLIB else Path(spec.path)
 
 
 def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> list[File]:

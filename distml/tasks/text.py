@@ -3,7 +3,8 @@
     task's block, seed ── open_text ──▶ TokenFolder ── TokenRows ──▶ int64 [B, T]
 
 What a spec describes is tokenised once per machine and kept: $DISTML_CACHE (or ~/.cache/distml)/tokens/KEY, where the
-key follows from the files' names, sizes and times, from the settings and from the seed that deals out the documents.
+key follows from the files, from the settings and from the seed that deals out the documents. See `fingerprint` for what
+tells files apart.
 
 Shapes: B examples, T tokens of an example.
 """
@@ -24,7 +25,7 @@ from distml.errors import UsageError
 from distml.spec.language import BPESpec, MaskedLanguageModelSpec
 from distml.spec.language_rules import RUN_TOKENIZER, TextTaskSpecs, is_token_folder
 from distml.spec.schema import InitSpec, JobSpec
-from distml.tasks.corpus import SPLITS, File, deal, documents_of, find_files, read
+from distml.tasks.corpus import SPLITS, File, deal, documents_of, find_files, fingerprint, read
 from distml.tasks.library_tokenizers import same_tokens
 from distml.tasks.tokenizers import Tokens, make_tokenizer, read_tokenizer
 from distml.tasks.tokens import TokenFolder, build_once, write_folder
@@ -120,7 +121,7 @@ def key_of(task: TextTaskSpecs, seed: int, files: list[File]) -> str:
     settings = {
         "format": FORMAT, "seed": seed, "mask": isinstance(task, MaskedLanguageModelSpec),
         "data": task.data.model_dump(exclude={"path", "digest"}), "tokenizer": tokenizer.model_dump(),
-        "files": [[file.name, file.size, file.modified] for file in files],
+        "corpus": fingerprint(task.data, files),
     }  # fmt: skip
     if isinstance(tokenizer, BPESpec):
         settings["library"] = version("tokenizers")

@@ -116,7 +116,7 @@ def test_the_key_follows_from_all_that_the_tokens_follow_from(tmp_path):
     files = find_files(task.data)
     copy = tmp_path / "rhymes.txt"
     copy.write_bytes((OWN / "rhymes.txt").read_bytes())
-    os.utime(copy, ns=(1, 1))
+    elsewhere = task_of(data=str(copy))
     masked = job_of(spec_of({"name": "masked_language_model", "data": "rhymes.txt", "tokenizer": "bytes"})).task
     keys = [
         key_of(task, 0, files), key_of(task, 1, files), key_of(task_of(tokenizer="characters"), 0, files),
@@ -124,10 +124,57 @@ def test_the_key_follows_from_all_that_the_tokens_follow_from(tmp_path):
         key_of(task_of(data={"path": "rhymes.txt", "max_bytes": 900}), 0, files),
         key_of(task_of(tokenizer={"name": "bpe", "vocabulary": 300}), 0, files),
         key_of(task_of(tokenizer={"name": "bpe", "vocabulary": 301}), 0, files),
-        key_of(task, 0, find_files(task_of(data=str(copy)).data)),
+        key_of(elsewhere, 0, find_files(elsewhere.data)),
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
     assert key_of(task_of(block=16), 0, files) == keys[0]
+
+
+@pytest.fixture
+def alike(tmp_path, monkeypatch):
+    """Tasks over two corpora whose files agree in name, size and time."""
+    monkeypatch.setenv("DISTML_CACHE", str(tmp_path / "cache"))
+    tasks = []
+    for name, line in (("a", "alpha bravo charlie\n\n"), ("b", "zulus yanky xrayyyy\n\n")):
+        file = tmp_path / name / "in.txt"
+        file.parent.mkdir()
+        file.write_text(line * 60)
+        os.utime(file, ns=(10**18, 10**18))
+        tasks.append(task_of(data=str(file)))
+    return tasks
+
+
+@pytest.mark.parametrize("hashed", [2**20, 0])
+def test_files_that_only_look_alike_are_told_apart_by_their_place(alike, monkeypatch, hashed):
+    monkeypatch.setattr("distml.tasks.corpus.HASHED_BYTES", hashed)
+    first, second = (open_text(task, 0) for task in alike)
+    assert first.path != second.path
+    assert first.tokenizer.decode(first.tokens("train")[:5].tolist()) == "alpha"
+    assert second.tokenizer.decode(second.tokens("train")[:5].tolist()) == "zulus"
+
+
+def test_a_place_that_a_link_leads_elsewhere_is_another(alike, tmp_path, monkeypatch):
+    monkeypatch.setattr("distml.tasks.corpus.HASHED_BYTES", 0)
+    link, found = tmp_path / "now", []
+    for name in "ab":
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / name)
+        found.append(open_text(task_of(data=str(link / "in.txt")), 0).meta.digest)
+    assert found[0] != found[1]
+
+
+def test_a_small_text_is_known_by_what_it_holds(alike, monkeypatch):
+    task, file = alike[0], Path(alike[0].data.path)
+    before = open_text(task, 0)
+    os.utime(file)
+    assert open_text(task, 0).path == before.path
+    file.write_text("zulus yanky xrayyyy\n\n" * 60)
+    os.utime(file, ns=(10**18, 10**18))
+    assert open_text(task, 0).meta.digest != before.meta.digest
+    monkeypatch.setattr("distml.tasks.corpus.HASHED_BYTES", 0)  # a large one: by size and time
+    large = open_text(task, 0)
+    file.write_text("alpha bravo charlie\n\n" * 60)
+    assert open_text(task, 0).path != large.path
 
 
 def test_of_many_that_want_a_folder_one_builds_it(tmp_path):
