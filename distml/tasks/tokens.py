@@ -3,6 +3,7 @@
     FOLDER/meta.json        what is in it: `Meta`
     FOLDER/tokenizer.json   see tokenizers.py
     FOLDER/train.bin  validation.bin  test.bin      little-endian uint16 or uint32; each document ends with the end
+    FOLDER/verified         of many bytes: which files, by size and times, were last found to be those of meta.json
 
 A folder appears under its name when it is complete: it is written beside it and renamed. `build_once` sees to it that
 of many processes which want the same folder one writes it, and that the next takes over from one that was killed.
@@ -14,6 +15,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import time
@@ -31,7 +33,8 @@ from distml.spec.language import TOKENS_FORMAT
 from distml.tasks.corpus import SPLITS
 from distml.tasks.tokenizers import Tokenizer, Tokens, read_tokenizer
 
-META, TOKENIZER = "meta.json", "tokenizer.json"
+META, TOKENIZER, VERIFIED = "meta.json", "tokenizer.json", "verified"
+VERIFIED_BYTES = 64 * 2**20  # of tokens that are held against their digest each time they are opened
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[int, Field(ge=0)]
 LOCK_PAUSE_S = 0.05
@@ -66,7 +69,7 @@ class Meta(Block):
 
 
 class TokenFolder:
-    """A complete folder.
+    """A complete folder, whose files are those that its digest stands for.
 
     Raises:
         UsageError: it is damaged, or of a form that this version does not know.
@@ -78,6 +81,7 @@ class TokenFolder:
             self.meta = Meta.model_validate_json((path / META).read_bytes())
             for name in SPLITS:
                 self._check_size(name)
+            self._verify()
         except OSError as error:
             raise UsageError(f"{error.filename}: cannot be read: {error.strerror}; {REPAIR}") from None
         except ValidationError as error:
@@ -93,6 +97,31 @@ class TokenFolder:
         if found != wanted:
             raise UsageError(f"{file} has {found} bytes, its {META} says {wanted}; {REPAIR}")
 
+    def _verify(self) -> None:
+        """Hold every file against its digest; many bytes only where they have changed since this was last done."""
+        names = [f"{name}.bin" for name in SPLITS]
+        states = [(self.path / name).stat() for name in names]
+        # Taken before reading: what changes meanwhile is another state. The time of change cannot be set back.
+        seen = [[state.st_size, state.st_mtime_ns, state.st_ctime_ns] for state in states]
+        stamp, noted = hashlib.sha256(f"{self.meta.digest} {seen}".encode()).digest(), self.path / VERIFIED
+        large = sum(state.st_size for state in states) > VERIFIED_BYTES
+        self._check_digest(TOKENIZER, self.meta.tokenizer)
+        if large and noted.is_file() and noted.read_bytes() == stamp:
+            return
+        for name, file in zip(SPLITS, names, strict=True):
+            self._check_digest(file, self.meta.splits[name].sha256)  # type: ignore[index]
+        if large:
+            with contextlib.suppress(OSError):  # read only: then it is done each time
+                noted.write_bytes(stamp)
+
+    def _check_digest(self, name: str, wanted: str) -> None:
+        file = self.path / name
+        with open(file, "rb") as opened:
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
+            found = hashlib.sha256(mapped).hexdigest()
+        if found != wanted:
+            raise UsageError(f"{file} is not the file that {META} names: what it holds has changed; {REPAIR}")
+
     def tokens(self, split: str) -> Tokens:
         """A split's tokens (uint16 or uint32 [T], read-only, read from disk as they are used)."""
         dtype = np.dtype(self.meta.dtype).newbyteorder("<")
@@ -101,16 +130,8 @@ class TokenFolder:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokeniser that made the tokens.
-
-        Raises:
-            UsageError: its file is not the one that did.
-        """
-        file = self.path / TOKENIZER
-        tokenizer = read_tokenizer(file)
-        if hashlib.sha256(file.read_bytes()).hexdigest() != self.meta.tokenizer:
-            raise UsageError(f"{file} is not the tokeniser that made the tokens beside it; {REPAIR}")
-        return tokenizer
+        """The tokeniser that made the tokens."""
+        return read_tokenizer(self.path / TOKENIZER)
 
 
 REPAIR = "write the folder anew with `distml tokenize`, or remove it where it is a cache"

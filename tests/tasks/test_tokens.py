@@ -94,10 +94,47 @@ def change(folder: Path, **changes) -> None:
     (folder / META).write_text(json.dumps({**json.loads((folder / META).read_text()), **changes}))
 
 
+@pytest.mark.parametrize("name", [f"{name}.bin" for name in SPLITS])
+@pytest.mark.parametrize("bytes_each_time", [2**20, 0])
+def test_other_tokens_of_the_same_number_are_refused(folder, monkeypatch, name, bytes_each_time):
+    monkeypatch.setattr("distml.tasks.tokens.VERIFIED_BYTES", bytes_each_time)
+    TokenFolder(folder)
+    file = folder / name
+    before = file.stat()
+    time.sleep(0.02)  # a file system's clock ticks every few milliseconds
+    file.write_bytes(bytes(before.st_size))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UsageError, match=rf"{name} is not the file that meta\.json names: .*; write the folder anew"):
+        TokenFolder(folder)
+
+
+def test_many_bytes_are_verified_once(folder, monkeypatch):
+    monkeypatch.setattr("distml.tasks.tokens.VERIFIED_BYTES", 0)
+    checked = []
+    check = TokenFolder._check_digest
+    monkeypatch.setattr(TokenFolder, "_check_digest", lambda *given: (checked.append(given[1]), check(*given)))
+    TokenFolder(folder)
+    first, checked[:] = list(checked), []
+    TokenFolder(folder)
+    assert (sorted(first), checked) == (["test.bin", TOKENIZER, "train.bin", "validation.bin"], [TOKENIZER])
+    os.utime(folder / "test.bin")
+    TokenFolder(folder)
+    assert "train.bin" in checked
+
+
+def test_what_was_verified_for_another_digest_does_not_count(folder, monkeypatch):
+    monkeypatch.setattr("distml.tasks.tokens.VERIFIED_BYTES", 0)
+    meta = TokenFolder(folder).meta.model_dump()
+    meta["splits"]["test"]["sha256"] = "0" * 64
+    change(folder, splits=meta["splits"])
+    with pytest.raises(UsageError, match=r"test\.bin is not the file"):
+        TokenFolder(folder)
+
+
 def test_another_tokeniser_beside_the_tokens_is_refused(folder):
     (folder / TOKENIZER).write_text(ByteTokenizer(mask=True).to_json())
-    with pytest.raises(UsageError, match="is not the tokeniser that made the tokens"):
-        _ = TokenFolder(folder).tokenizer
+    with pytest.raises(UsageError, match=r"tokenizer\.json is not the file that meta\.json names"):
+        TokenFolder(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------- the cache
