@@ -83,6 +83,8 @@ REFUSED: dict[str, str] = {
         ("copies of weights within a host are not run here", "zero_hpz_partition_size"),
         (_COMPILED, "offload_optimizer.super_offload offload_optimizer.cpuadam_cores_perc"),
         ("all of the optimiser is offloaded, or none", "offload_optimizer.ratio"),
+        ("it also takes as one those modules whose inputs have no gradient, and their backward fails; name modules in "
+         "leaf_module", "stage3_module_granularity_threshold"),
     )),
 }  # fmt: skip
 

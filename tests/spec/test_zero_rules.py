@@ -63,6 +63,7 @@ def test_a_typo_is_found_at_any_depth(tmp_path, text, place, hint):
     ({"elasticity": {}}, "any number of workers"),
     ({"zero_optimization": {"zero_quantized_weights": True}}, "compiles at the start"),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "set strategy.offload: [optimizer]"),
+    ({"zero_optimization": {"stage3_module_granularity_threshold": 10000}}, "name modules in leaf_module"),
 ])  # fmt: skip
 def test_what_is_said_elsewhere_or_not_run_is_refused_with_the_place_or_reason(tmp_path, deepspeed, reason):
     message = refused(tmp_path, zero(deepspeed=deepspeed))
