@@ -106,6 +106,17 @@ def check_deepspeed(job: JobSpec, strategy: ZeroSpec) -> Iterator[Problem]:
         )
 
 
+def in_integers(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A block with integers for the whole numbers that are written as 5e8, as DeepSpeed's documentation writes them."""
+    return {key: in_integers(value, f"{prefix}{key}.") if isinstance(value, Mapping) else
+            _in_integer(value, SETTINGS.get(f"{prefix}{key}", "").split()) for key, value in block.items()}  # fmt: skip
+
+
+def _in_integer(value: Any, entry: list[str]) -> Any:
+    is_whole = type(value) is float and value.is_integer()
+    return int(value) if is_whole and "int" in entry and "float" not in entry else value
+
+
 def notes(job: JobSpec) -> list[str]:
     """Notes on what is passed through and was never run here."""
     if not isinstance(job.strategy, ZeroSpec):

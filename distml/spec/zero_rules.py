@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from distml.spec.deepspeed import HERE, check_deepspeed, parameters_need_stage_3
+from distml.spec.deepspeed import HERE, check_deepspeed, in_integers, parameters_need_stage_3
 from distml.spec.messages import Problem
 from distml.spec.schema import JobSpec
 from distml.spec.yaml import KeyPath, Position
@@ -49,18 +49,17 @@ def complete(job: JobSpec, find: Find) -> tuple[JobSpec, list[Problem]]:
     """
     if not isinstance(job.strategy, ZeroSpec):
         return job, []
+    strategy = job.strategy.model_copy(update={"deepspeed": in_integers(job.strategy.deepspeed)})
     found: list[Given | None] = []
     for paths in (BATCH, MICRO, STEPS):
-        number, problem = _one(job, job.strategy, paths, find)
+        number, problem = _one(job, strategy, paths, find)
         if problem is not None:
             return job, [problem]
         found.append(number)
     moved = {path[-1] for path in (*BATCH, *MICRO, *STEPS) if len(path) > 1}
-    rest = {key: value for key, value in job.strategy.deepspeed.items() if key not in moved}
+    rest = {key: value for key, value in strategy.deepspeed.items() if key not in moved}
     completed, problems = _solve(job, *found)
-    if problems or len(rest) == len(job.strategy.deepspeed):
-        return completed, problems
-    return completed.model_copy(update={"strategy": job.strategy.model_copy(update={"deepspeed": rest})}), []
+    return completed.model_copy(update={"strategy": strategy.model_copy(update={"deepspeed": rest})}), problems
 
 
 def _one(

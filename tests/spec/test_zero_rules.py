@@ -75,6 +75,8 @@ def test_what_is_said_elsewhere_or_not_run_is_refused_with_the_place_or_reason(t
     ({"reduce_bucket_size": "big"}, "must be an integer, got the string 'big'"),
     ({"reduce_bucket_size": True}, "must be an integer, got true"),
     ({"reduce_bucket_size": 0}, "must be greater than 0, got 0"),
+    ({"reduce_bucket_size": 1.5}, "must be an integer, got 1.5"),
+    ({"allgather_bucket_size": 7.0}, "DeepSpeed asks for an even number; set 8"),
     ({"overlap_comm": 1}, "must be true or false, got 1"),
     ({"allgather_bucket_size": 7}, "DeepSpeed asks for an even number; set 8"),
     ({"sub_group_size": 4}, "is for stage 3, the stage is 2"),
@@ -85,6 +87,13 @@ def test_what_is_said_elsewhere_or_not_run_is_refused_with_the_place_or_reason(t
 ])  # fmt: skip
 def test_values_are_checked(tmp_path, block, wrong):
     assert wrong in refused(tmp_path, zero(deepspeed={"zero_optimization": block}))
+
+
+def test_whole_numbers_may_be_written_as_deepspeeds_documentation_writes_them(tmp_path):
+    deepspeed = "{zero_optimization: {reduce_bucket_size: 5e8}, train_batch_size: 3.2e1}"
+    job = load(tmp_path, f"strategy: {{name: zero, deepspeed: {deepspeed}}}\n")
+    size = job.strategy.deepspeed["zero_optimization"]["reduce_bucket_size"]
+    assert (size, type(size), job.batch_size) == (500_000_000, int, 32)
 
 
 def test_nvme_is_passed_on_and_said_to_be_unverified(tmp_path):
