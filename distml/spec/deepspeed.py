@@ -91,19 +91,15 @@ REFUSED: dict[str, str] = {
 
 def check_deepspeed(job: JobSpec, strategy: ZeroSpec) -> Iterator[Problem]:
     """Every rule that the block breaks."""
-    yield from _block((), strategy.deepspeed)
+    wrong = list(_block((), strategy.deepspeed))
+    yield from wrong
     zero = strategy.deepspeed.get(_ZERO)
     if isinstance(zero, Mapping):
         yield from _offload(strategy, zero)
         yield from _buckets(strategy, zero)
-    types = strategy.deepspeed.get("data_types")
-    adds_up_in = types.get("grad_accum_dtype") if isinstance(types, Mapping) else None
-    if adds_up_in == "fp32" and job.precision == "bf16" and strategy.stage == 1:
-        yield Problem(
-            "under zero/1 in bf16 gradients that add up in fp32 are another optimiser of DeepSpeed's, which is not run "
-            "here; set strategy.stage: 2, or remove grad_accum_dtype",
-            ((*HERE, "data_types", "grad_accum_dtype"),),
-        )
+    yield from _gradients(job, strategy)
+    if not wrong:
+        yield from _without_effect(job, strategy)
 
 
 def in_integers(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -181,6 +177,36 @@ def _buckets(strategy: ZeroSpec, zero: Mapping[str, Any]) -> Iterator[Problem]:
         if strategy.stage < 3 and name in SETTINGS and name not in REFUSED:
             yield Problem(f"strategy.deepspeed.{name} is for stage 3, the stage is {strategy.stage}; "
                           "remove it or set strategy.stage: 3", ((*HERE, _ZERO, key),))  # fmt: skip
+
+
+def _gradients(job: JobSpec, strategy: ZeroSpec) -> Iterator[Problem]:
+    """What they add up in."""
+    types, path = strategy.deepspeed.get("data_types"), (*HERE, "data_types", "grad_accum_dtype")
+    adds_up_in = types.get("grad_accum_dtype") if isinstance(types, Mapping) else None
+    if adds_up_in == "fp32" and job.precision == "bf16" and strategy.stage == 1:
+        yield Problem(
+            "under zero/1 in bf16 gradients that add up in fp32 are another optimiser of DeepSpeed's, which is not run "
+            "here; set strategy.stage: 2, or remove grad_accum_dtype",
+            (path,),
+        )
+    elif adds_up_in in ("fp16", "bf16") and adds_up_in != job.precision:
+        yield Problem(f"gradients in {adds_up_in} are for precision {adds_up_in}, the precision is {job.precision}; "
+                      f"remove grad_accum_dtype or set precision: {adds_up_in}", (path,), "value")  # fmt: skip
+
+
+def _without_effect(job: JobSpec, strategy: ZeroSpec) -> Iterator[Problem]:
+    """Blocks that DeepSpeed would not look at."""
+    given = strategy.deepspeed
+    for key in ("fp16", "bf16"):
+        if given.get(key) is not None and job.precision != key:
+            yield Problem(f"strategy.deepspeed.{key} is for precision {key}, the precision is {job.precision}; remove "
+                          f"it or set precision: {key}", ((*HERE, key),))  # fmt: skip
+    zero = given.get(_ZERO)
+    blocks = [zero.get(key) for key in ("offload_optimizer", "offload_param")] if isinstance(zero, Mapping) else []
+    to_drive = any(isinstance(block, Mapping) and block.get("device") == "nvme" for block in blocks)
+    if given.get("aio") is not None and not to_drive:
+        yield Problem(f"strategy.deepspeed.aio is for what is offloaded to a drive; remove it or set device: nvme in "
+                      f"{_ZERO}.offload_optimizer", ((*HERE, "aio"),))  # fmt: skip
 
 
 def parameters_need_stage_3(strategy: ZeroSpec) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from distml.spec.deepspeed import HERE, check_deepspeed, in_integers, parameters_need_stage_3
 from distml.spec.messages import Problem
@@ -45,7 +46,8 @@ def complete(job: JobSpec, find: Find) -> tuple[JobSpec, list[Problem]]:
         find: where a key was written; None: it was not.
 
     Returns:
-        The job, whose `strategy.deepspeed` has none of the three any more, and what is wrong with it.
+        The job, whose `strategy.deepspeed` has none of the three any more unless it is no such number, and what is
+        wrong with it.
     """
     if not isinstance(job.strategy, ZeroSpec):
         return job, []
@@ -57,9 +59,14 @@ def complete(job: JobSpec, find: Find) -> tuple[JobSpec, list[Problem]]:
             return job, [problem]
         found.append(number)
     moved = {path[-1] for path in (*BATCH, *MICRO, *STEPS) if len(path) > 1}
-    rest = {key: value for key, value in strategy.deepspeed.items() if key not in moved}
+    rest = {key: value for key, value in strategy.deepspeed.items() if key not in moved or not _is_count(value)}
     completed, problems = _solve(job, *found)
     return completed.model_copy(update={"strategy": strategy.model_copy(update={"deepspeed": rest})}), problems
+
+
+def _is_count(value: Any) -> bool:
+    """Whether it is right for one of the three, where null is as good as nothing."""
+    return value is None or (type(value) is int and value > 0)
 
 
 def _one(
@@ -70,7 +77,7 @@ def _one(
     for path in paths:
         value = strategy.deepspeed.get(str(path[-1])) if len(path) > 1 else getattr(job, str(path[0]))
         position = find(path)
-        if position is not None and type(value) is int and value > 0:
+        if position is not None and value is not None and _is_count(value):
             given.append(Given(path, value, position))
     if len({one.value for one in given}) > 1:
         return None, Problem(f"{given[0]} and {given[1]} are two names of the same number; remove one of them",

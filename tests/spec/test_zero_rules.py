@@ -96,6 +96,24 @@ def test_whole_numbers_may_be_written_as_deepspeeds_documentation_writes_them(tm
     assert (size, type(size), job.batch_size) == (500_000_000, int, 32)
 
 
+@pytest.mark.parametrize(("deepspeed", "wrong"), [
+    ({"fp16": {"loss_scale_window": 100}}, "strategy.deepspeed.fp16 is for precision fp16, the precision is fp32"),
+    ({"bf16": {"check_grad_overflow": True}}, "strategy.deepspeed.bf16 is for precision bf16, the precision is fp32"),
+    ({"aio": {"queue_depth": 8}}, "aio is for what is offloaded to a drive"),
+    ({"data_types": {"grad_accum_dtype": "bf16"}}, "gradients in bf16 are for precision bf16, the precision is fp32"),
+])  # fmt: skip
+def test_what_would_have_no_effect_is_refused(tmp_path, deepspeed, wrong):
+    assert wrong in refused(tmp_path, zero(deepspeed=deepspeed))
+
+
+def test_what_has_an_effect_is_taken(tmp_path):
+    bf16 = {"bf16": {"check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "bf16"}}
+    assert load(tmp_path, zero(deepspeed=bf16), "precision=bf16").strategy.deepspeed == bf16
+    drive = {"device": "nvme", "nvme_path": "/n"}
+    nvme = {"aio": {"queue_depth": 8}, "zero_optimization": {"offload_optimizer": drive}}
+    assert load(tmp_path, zero(deepspeed=nvme)).strategy.deepspeed == nvme
+
+
 def test_nvme_is_passed_on_and_said_to_be_unverified(tmp_path):
     block = {"offload_optimizer": {"device": "nvme", "nvme_path": "/n"}, "round_robin_gradients": True}
     job = load(tmp_path, zero(deepspeed={"zero_optimization": block}))
@@ -151,6 +169,16 @@ def test_of_three_batch_sizes_two_are_enough(tmp_path, more, deepspeed, expected
     path = tmp_path / "again.yaml"
     path.write_text(load_spec(tmp_path / "z.yaml").dump())
     assert sizes(load_spec(path).job) == expected
+
+
+@pytest.mark.parametrize(("deepspeed", "wrong"), [
+    ({STEPS: "auto"}, "gradient_accumulation_steps must be an integer, got the string 'auto'"),
+    ({"train_batch_size": "auto"}, "train_batch_size must be an integer, got the string 'auto'"),
+    ({"train_batch_size": -10}, "train_batch_size must be greater than 0, got -10"),
+    ({MICRO: True}, "train_micro_batch_size_per_gpu must be an integer, got true"),
+])  # fmt: skip
+def test_a_batch_size_that_is_no_number_is_not_passed_over(tmp_path, deepspeed, wrong):
+    assert wrong in refused(tmp_path, zero(deepspeed=deepspeed))
 
 
 def test_a_conflict_names_all_three_and_where_each_came_from(tmp_path):
