@@ -43,8 +43,9 @@ def library(device: torch.device) -> Any:
     os.environ["DS_ACCELERATOR"] = "cpu" if device.type == "cpu" else device.type
     import deepspeed
 
-    # A kernel for inference, which DeepSpeed would otherwise compile at every first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Which kernels could be compiled: it would try that with the compiler at every start, whose errors may reach the
+    # terminal. It only asks for one of inference, which it would then compile.
+    deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # older names of what it calls
     return deepspeed

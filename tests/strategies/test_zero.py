@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from own.oracle import Trained, spec_of, train
-from own.ranks import on_ranks, trainer_of
+from own.ranks import CPU, on_ranks, trainer_of
 
 from distml.errors import UsageError
 from distml.events import Report
 from distml.exchange.channel import PeerLost
-from distml.exchange.deepspeed import SumScaler
+from distml.exchange.deepspeed import SumScaler, library
 from distml.exchange.layout import Layout
 from distml.loop import Trainer, check_parts
 
@@ -301,6 +302,18 @@ def test_gradients_that_are_not_finite_end_the_run(monkeypatch):
         monkeypatch.setattr(trainer.strategy.engine, "backward", lambda total, run=backward: run(total * float("inf")))
         with pytest.raises(FloatingPointError, match="not finite at step 0"):
             list(trainer.advance(1))
+
+
+# ---------------------------------------------------------------------------------------------------------- the library
+def test_no_compiler_is_tried_at_the_start(monkeypatch):
+    import deepspeed
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    tried: list[Any] = []
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    monkeypatch.setattr(OpBuilder, "has_function", lambda *arguments: tried.append(arguments))
+    assert library(CPU).ops.__compatible_ops__.get("deepspeed_shm_comm", False) is False
+    assert tried == []
 
 
 def test_the_scaler_divides_by_what_the_gradients_are_a_sum_over():
