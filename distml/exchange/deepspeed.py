@@ -48,6 +48,7 @@ def library(device: torch.device) -> Any:
     deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # older names of what it calls
+    warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)  # its own, of a first layer
     return deepspeed
 
 

@@ -316,6 +316,20 @@ def test_no_compiler_is_tried_at_the_start(monkeypatch):
     assert tried == []
 
 
+def test_its_hooks_of_a_first_layer_are_not_warned_of(recwarn):
+    def backward() -> None:
+        layer = torch.nn.Linear(2, 2)
+        layer.register_full_backward_hook(lambda *_: None)
+        layer(torch.ones(1, 2)).sum().backward()
+
+    backward()
+    assert [str(one.message)[:28] for one in recwarn] == ["Full backward hook is firing"], "the control"
+    recwarn.clear()
+    library(CPU)
+    backward()
+    assert not recwarn
+
+
 def test_the_scaler_divides_by_what_the_gradients_are_a_sum_over():
     class Inner:
         dynamic, cur_scale = True, 8.0
