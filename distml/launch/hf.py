@@ -368,7 +368,7 @@ def _read_weights(folder: Path) -> dict[str, Array]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read {path}: {error}") from None
     if not isinstance(parsed, dict):
         raise UsageError(f"{path} is not a JSON object")

@@ -75,7 +75,7 @@ def is_token_folder(path: Path) -> bool:
     """Whether `distml tokenize` wrote it."""
     try:
         meta = json.loads((path / "meta.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(meta, dict) and meta.get("format") == TOKENS_FORMAT
 
@@ -123,11 +123,13 @@ def file_vocabulary(path: Path) -> int | None:
         parsed = json.loads(path.read_bytes())
         if parsed.get("format") == "distml-tokenizer":
             mask = bool(parsed["mask"])
-            return 257 + mask if parsed["name"] == "bytes" else len(set(parsed["characters"])) + 2 + mask
+            if parsed["name"] == "bytes":
+                return 257 + mask
+            return len(set(parsed["characters"])) + 2 + mask if parsed["characters"] else None
         tokens = parsed["model"]["vocab"]
         numbers = list(tokens.values()) if isinstance(tokens, dict) else list(range(len(tokens)))
         return int(max([*numbers, *(token["id"] for token in parsed.get("added_tokens", []))])) + 1
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 

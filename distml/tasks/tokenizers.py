@@ -99,7 +99,7 @@ class CharacterTokenizer:
     """One token per known character, by code point, then one for all others.
 
     Args:
-        characters: those that are known.
+        characters: those that are known, at least one.
     """
 
     def __init__(self, characters: Iterable[str], mask: bool = False) -> None:
@@ -243,7 +243,11 @@ def from_json(text: str) -> Tokenizer:
             own = OwnFile.model_validate(parsed)
         except ValidationError as error:
             raise ValueError(f"is no tokeniser: {error.errors()[0]['msg']}") from None
-        return ByteTokenizer(own.mask) if own.name == "bytes" else CharacterTokenizer(own.characters, own.mask)
+        if own.name == "bytes":
+            return ByteTokenizer(own.mask)
+        if not own.characters:
+            raise ValueError("is no tokeniser: it knows no characters")
+        return CharacterTokenizer(own.characters, own.mask)
     from tokenizers import Tokenizer as Library
 
     try:

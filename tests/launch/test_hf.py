@@ -198,7 +198,7 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
     index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": "../other.safetensors"}}))
     with pytest.raises(UsageError, match="names files outside its folder"):
         read_hf(tmp_path)
-    for text, message in ((config[:-9], "cannot read"), ("[]", "is not a JSON object"),
+    for text, message in ((config[:-9], "cannot read"), ("[" * 100_000, "cannot read"), ("[]", "is not a JSON object"),
                           ('{"model_type": "gpt2"}', "does not say 'n_layer'")):  # fmt: skip
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UsageError, match=message):

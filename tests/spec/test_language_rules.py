@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from own.oracle import OWN
 
-from distml.spec.language_rules import known_vocabulary
+from distml.spec.language_rules import is_token_folder, known_vocabulary
 from distml.spec.loader import load_spec
 from distml.tasks.tokenizers import ByteTokenizer
 from distml.tasks.tokens import write_folder
@@ -122,6 +122,17 @@ def test_what_has_no_effect_on_tokens_is_refused(tokens, fails, keys, place, phr
     message = fails(f"{HEAD}{LM}{keys}}}\n")
     assert message.startswith(f"job.yaml:{place}: "), message
     assert phrase in message
+
+
+def test_files_of_brackets_are_none_of_ours(tokens, fails):
+    deep = "[" * 100_000
+    (tokens.parent / "t.json").write_text(deep)
+    message = fails(f"{HEAD}{LM}tokenizer: {{name: file, path: t.json}}}}\n")
+    assert message.startswith("job.yaml:4:54: ")
+    assert "t.json is no tokeniser's file" in message
+    (tokens / "meta.json").write_text(deep)
+    assert not is_token_folder(tokens)
+    assert load(tokens.parent, {"name": "language_model", "data": "tokens"}).job.task.tokenizer.name == "bytes"
 
 
 @pytest.mark.parametrize(("task", "tokenizer", "known"), [

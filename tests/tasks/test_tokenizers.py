@@ -100,6 +100,8 @@ def test_byte_pairs_are_learned_from_the_text_and_the_same_each_time():
     ("{", "is not JSON"), ("[]", "is no tokeniser"), ("{}", "is no tokeniser"),
     ('{"format": "distml-tokenizer", "name": "words"}', "is no tokeniser"),
     ('{"format": "distml-tokenizer", "version": 2, "name": "bytes"}', "is no tokeniser"),
+    ('{"format": "distml-tokenizer", "name": "characters", "characters": "", "mask": false}', "it knows no characters"),
+    ("[" * 100_000, "is not JSON"), ('{"model": {"vocab": {"a": Infinity}}}', "is no tokeniser"),
 ])  # fmt: skip
 def test_a_file_that_is_no_tokeniser(tmp_path, content, message):
     (tmp_path / "t.json").write_text(content)
@@ -108,6 +110,14 @@ def test_a_file_that_is_no_tokeniser(tmp_path, content, message):
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"tokeniser {tmp_path / 't.json'}")
     assert file_vocabulary(tmp_path / "t.json") is None or "version" in content
+
+
+def test_a_file_without_characters_is_refused_before_a_text_is_met(tmp_path):
+    (tmp_path / "t.json").write_text(make_tokenizer(CHARACTERS, ["ab"], False).to_json())
+    assert read_tokenizer(tmp_path / "t.json").encode("ab") == [0, 1]  # the control
+    (tmp_path / "t.json").write_text((tmp_path / "t.json").read_text().replace('"ab"', '""'))
+    with pytest.raises(UsageError, match="it knows no characters"):
+        read_tokenizer(tmp_path / "t.json").encode("ab")
 
 
 def test_a_library_tokeniser_without_an_end():

@@ -78,6 +78,7 @@ def test_the_digest_tells_texts_and_tokenisers_apart(tmp_path, folder):
     (lambda path: (path / "test.bin").unlink(), "cannot be read: No such file"),
     (lambda path: (path / META).write_text("{}"), "Field required"),
     (lambda path: (path / META).write_text("{"), "Invalid JSON"),
+    (lambda path: (path / META).write_text("[" * 100_000), "recursion limit exceeded"),
     (lambda path: change(path, version=2), "version: Input should be 1"),
     (lambda path: change(path, dtype="object"), "dtype: Input should be 'uint16' or 'uint32'"),
     (lambda path: change(path, splits={}), "knows no split train"),
