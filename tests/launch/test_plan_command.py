@@ -21,7 +21,7 @@ from distml.launch.plan.fit import levels_of, smallest_change
 from distml.launch.plan.machine import machine_of
 from distml.launch.plan.places import nodes_of, places_of
 from distml.launch.plan.states import Size
-from distml.launch.plan.text import seconds
+from distml.launch.plan.text import amount, seconds, worked
 from distml.memory import binary_size
 from distml.spec.loader import load_spec
 
@@ -251,6 +251,32 @@ def key_lines_of(plan) -> str:
 def test_seconds_read_well():
     read = [seconds(value) for value in (0.0, 2e-6, 0.0123, 5.0, 86400.0 * 3)]
     assert read == ["0 ms", "2 us", "12.3 ms", "5.0 s", "3.0 days"]
+
+
+def test_a_whole_runs_work_is_a_range_in_hours_minutes_or_seconds_of_what_does_it():
+    assert worked(1_660_340.0, 2_618_123.0, "GPU") == "1,660,000 to 2,620,000 GPU-hours"
+    assert worked(2.4, 2.401, "GPU") == "2.4 GPU-hours"
+    assert worked(0.02, 0.5, "worker") == "1.2 to 30 worker-minutes"
+    assert worked(0.0, 0.01, "worker") == "0.00 to 36 worker-seconds"
+    assert worked(1e-6, 3.44e-5, "worker") == "less than a worker-second"
+    assert [amount(value) for value in (0.0, 1e-5, 0.0123, 99.96, 123_456.0)] == [
+        "0.00",
+        "0.00",
+        "0.0123",
+        "100",
+        "123,000",
+    ]
+
+
+def test_work_and_money_are_said_for_the_same_range(here, capsys):
+    (here / "slow.yaml").write_text(CLUSTER.format(gpu="{memory_gib: 40, tflops: 0.001}").replace("400}", "0.01}"))
+    assert main(["plan", "job.yaml", "--cluster", "slow.yaml", "--set", "stop.steps=1000000"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "1,000,000 steps" in line)
+    hours, money = re.search(r"([\d,]+ to [\d,]+) GPU-hours; ([\d,]+ to [\d,]+) in money$", row).groups()
+    (least, most), (cheap, dear) = (
+        [int(one.replace(",", "")) for one in text.split(" to ")] for text in (hours, money)
+    )
+    assert (cheap, dear) == (pytest.approx(2.0 * least, rel=0.01), pytest.approx(2.0 * most, rel=0.01))
 
 
 PEAK = """

@@ -99,10 +99,11 @@ def _step(plan: Plan) -> Iterator[str]:
     rate = f"{step.tokens / step.most_s:,.0f} tokens/s at least" if step.tokens else ""
     yield _row("takes", span(step.least_s, step.most_s), rate)
     if plan.hours is not None:
-        least, most = plan.hours
-        price, ranks = plan.machine.price_per_hour, plan.places.ranks
-        cost = f"; {least * ranks * price:,.0f} to {most * ranks * price:,.0f} in money" if price else ""
-        yield _row(f"{plan.steps:,} steps", span(3600 * least, 3600 * most), f"{most * ranks:,.3g} worker-hours{cost}")
+        least, most = (hours * plan.places.ranks for hours in plan.hours)
+        price = plan.machine.price_per_hour
+        cost = f"; {between(amount(least * price), amount(most * price))} in money" if price else ""
+        taken = span(*(3600 * hours for hours in plan.hours))
+        yield _row(f"{plan.steps:,} steps", taken, f"{worked(least, most, worker_name(plan))}{cost}")
 
 
 def verdict(plan: Plan) -> str:
@@ -153,14 +154,40 @@ def operations(count: float) -> str:
 def seconds(value: float) -> str:
     """Seconds, down to microseconds."""
     if value >= 1:
-        return duration(value) if value < 48 * 3600 else f"{value / 86400:.1f} days"
+        return duration(value) if value < 48 * 3600 else f"{value / 86400:,.1f} days"
     return f"{value * 1e3:.3g} ms" if value >= 1e-3 or value == 0 else f"{value * 1e6:.3g} us"
 
 
 def span(least: float, most: float) -> str:
     """`3 to 5 s`; one number where both read alike."""
-    first, last = seconds(least), seconds(most)
+    return between(seconds(least), seconds(most))
+
+
+def between(first: str, last: str) -> str:
+    """A range; one text where both are alike."""
     return first if first == last else f"{first} to {last}"
+
+
+def amount(value: float) -> str:
+    """Three digits, never as a power of ten: `0.00`, `0.0123`, `2.4`, `2,620,000`."""
+    if value < 0.01:
+        return f"{value:.2f}"
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def worked(least: float, most: float, worker: str) -> str:
+    """Hours of all workers together, in the unit that gives them a digit: `14.2 to 15.1 GPU-hours`."""
+    if 3600 * most < 1:
+        return f"less than a {worker}-second"
+    unit, length = next(
+        ((name, hours) for name, hours in (("hours", 1.0), ("minutes", 1 / 60)) if most >= hours), ("seconds", 1 / 3600)
+    )
+    return f"{between(amount(least / length), amount(most / length))} {worker}-{unit}"
+
+
+def worker_name(plan: Plan) -> str:
+    """What a rank occupies."""
+    return "GPU" if plan.places.gpus else "worker"
 
 
 def settings(changes: list[str]) -> str:
