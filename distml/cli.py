@@ -160,6 +160,7 @@ def _start(
 @_verb
 def validate(
     specs: Annotated[list[str], typer.Argument(metavar="SPEC...", help="Files, or shipped jobs' names.")],
+    overrides: SetOption = None,
 ) -> int:
     """Check specs: one line each, without starting anything."""
     from distml.errors import UsageError
@@ -168,7 +169,7 @@ def validate(
     code = ExitCode.DONE
     for spec in specs:
         try:
-            loaded = load_spec(spec)
+            loaded = load_spec(spec, list(overrides or ()))
         except UsageError as error:
             code = ExitCode(_fail(str(error), ExitCode.USAGE))
         else:

@@ -65,6 +65,18 @@ def test_validate_says_one_line_per_spec(here, capsys):
     assert main(["validate", "digits-single"]) == 0
 
 
+def test_validate_lays_values_over_every_spec(here, capsys):
+    arguments = ["validate", "digits-single", "digits-all-reduce", "--set", "name=other", "--set", "batch_size=8"]
+    assert main(arguments) == 0
+    assert re.findall(r"\((.*)\)", capsys.readouterr().out) == [
+        "other, classification, single", "other, classification, all_reduce"
+    ]  # fmt: skip
+    assert main([*arguments, "--set", "resources.workers=2"]) == 2
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1
+    assert err.startswith("error: --set resources.workers=2: strategy single has one worker")
+
+
 @pytest.mark.parametrize(
     ("arguments", "phrase"),
     [

@@ -117,6 +117,9 @@ def check_zero(job: JobSpec, strategy: ZeroSpec) -> Iterator[Problem]:
     yield from check_deepspeed(job, strategy)
     if "parameters" in strategy.offload and strategy.stage < 3:
         yield Problem(parameters_need_stage_3(strategy), (("strategy", "offload"), ("strategy",)))
+    twice = [name for index, name in enumerate(strategy.offload) if name in strategy.offload[:index]]
+    if twice:
+        yield Problem(f"strategy.offload has {twice[0]} twice; keep one", (("strategy", "offload"),))
 
 
 def check_precision(job: JobSpec) -> Iterator[Problem]:

@@ -127,6 +127,12 @@ def test_parameters_are_offloaded_under_stage_3_only(tmp_path):
     assert load(tmp_path, zero(offload=["parameters"], stage=3)).strategy.offload == ["parameters"]
 
 
+def test_nothing_is_offloaded_twice(tmp_path):
+    message = refused(tmp_path, zero(offload=["optimizer", "optimizer"]))
+    assert message == "z.yaml:8:3: strategy.offload has optimizer twice; keep one"
+    assert load(tmp_path, zero(offload=["optimizer", "parameters"], stage=3)).strategy.offload  # the control
+
+
 def test_gradients_in_fp32_are_for_stages_that_keep_them(tmp_path):
     types = {"deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}}
     assert "set strategy.stage: 2" in refused(tmp_path, zero(stage=1, **types), "precision=bf16")
