@@ -102,6 +102,27 @@ def test_a_card_that_is_too_small_is_exit_4_and_the_change_that_is_printed_fits(
     assert code == 0
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_offload_to_a_host_of_unknown_memory_fits_on_a_condition(here, capsys, known):
+    """What a change moves there is said with the change, too; where the host's memory is given, it is compared."""
+    text = CLUSTER.format(gpu="{memory_gib: 0.89, tflops: 10}")
+    (here / "c.yaml").write_text(text if known else text.replace("host_memory_gib: 2000\n", ""))
+    options = ["job.yaml", "--cluster", "c.yaml", "--set", "strategy.stage=3", "--set", "batch_size=4"]
+    wide = "task.model={name: gpt, layers: 2, width: 768, vocabulary: 8192}"
+    assert main(["plan", *options, "--set", wide]) == 4
+    last = capsys.readouterr().out.splitlines()[-1]
+    found = re.fullmatch(r"smallest change that fits(, if the host has [\d.]+ MiB for its 4 ranks)?: --set (.*)", last)
+    assert "strategy.offload" in found[2]
+    assert (found[1] is None) == known
+    change = ["--set", wide, "--set", shlex.split(found[2])[0]]
+    code, plan = planned(capsys, *options, *change)
+    assert (code, plan["host_wanted"]) == (0, None if known else plan["memory"]["host_total"] * 4)
+    assert main(["plan", *options, *change]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"fits{found[1] or ''}: ")
+    if not known:
+        assert binary_size(plan["host_wanted"]) in found[1]
+
+
 def test_where_nothing_helps_that_is_said(here, capsys):
     (here / "none.yaml").write_text(CLUSTER.format(gpu="{memory_gib: 0.1, tflops: 10}"))
     assert main(["plan", "job.yaml", "--cluster", "none.yaml"]) == 4

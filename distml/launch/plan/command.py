@@ -17,7 +17,7 @@ from distml.launch.plan.estimate import Plan, Traced, estimate
 from distml.launch.plan.fit import gentlest, levels_of, smallest_change
 from distml.launch.plan.machine import Machine, machine_of
 from distml.launch.plan.places import Places, nodes_of, places_of
-from distml.launch.plan.text import plan_lines, settings, shape_lines
+from distml.launch.plan.text import condition, plan_lines, settings, shape_lines
 from distml.memory import binary_size
 from distml.spec.loader import LoadedSpec, load_train
 from distml.spec.schema import JobSpec
@@ -108,7 +108,8 @@ def memory_advice(loaded: LoadedSpec[JobSpec]) -> str:
     except UsageError:
         return ""
     said = f"plan says {binary_size(plan.memory.total)} per rank"
-    return f"{said}; try {settings(change)}" if change else said
+    changed = planner.attempt(change) if change else None
+    return f"{said}; try {settings(change)}{condition(changed)}" if change and changed else said
 
 
 def plan_command(*, spec: str, overrides: list[str], cluster: Path | None, as_json: bool, shapes: bool) -> int:
@@ -121,5 +122,6 @@ def plan_command(*, spec: str, overrides: list[str], cluster: Path | None, as_js
     else:
         if shapes:
             print("\n".join(shape_lines(plan.size.shapes)))
-        print("\n".join(plan_lines(plan, change, searched=not plan.fits)))
+        changed = planner.attempt(change) if change else None
+        print("\n".join(plan_lines(plan, change, changed, searched=not plan.fits)))
     return int(ExitCode.DONE if plan.fits else ExitCode.GOAL_MISSED)

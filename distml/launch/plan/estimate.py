@@ -137,6 +137,12 @@ class Plan:
         return self.over is None
 
     @property
+    def host_wanted(self) -> float | None:
+        """Bytes that a host must have for all its ranks, where what it has is not known; None: nothing is open."""
+        known = self.machine.host_memory is not None
+        return None if known or not self.memory.host else self.memory.host * self.places.ranks_on_host
+
+    @property
     def hours(self) -> tuple[float, float] | None:
         """The least and the most of the whole run."""
         return None if self.steps is None else (self.steps * self.step.least_s / 3600,
@@ -151,7 +157,7 @@ class Plan:
             "micro_batch_size": self.micro_batch, "accumulation": self.accumulation,
             "memory": {**states, "model_states": memory.states.model_states, "activations": asdict(memory.activations),
                        "process": memory.process, "total": memory.total, "host_total": memory.host},
-            "device": asdict(self.machine), "fits": self.fits, "over": self.over,
+            "device": asdict(self.machine), "fits": self.fits, "over": self.over, "host_wanted": self.host_wanted,
             "all_states": self.all_states, "devices_for_states": self.devices_for_states,
             "step": {**asdict(self.step), "least_s": self.step.least_s, "most_s": self.step.most_s},
             "steps": self.steps, "hours": self.hours, "notes": list(self.notes),

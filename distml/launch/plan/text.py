@@ -17,11 +17,13 @@ from distml.spec.language import TextBlock
 LABEL, NUMBER = 34, 12
 
 
-def plan_lines(plan: Plan, change: list[str] | None = None, searched: bool = False) -> Iterator[str]:
+def plan_lines(
+    plan: Plan, change: list[str] | None = None, changed: Plan | None = None, searched: bool = False
+) -> Iterator[str]:
     """The whole text.
 
     Args:
-        change: what makes it fit, as `--set` takes it.
+        change: what makes it fit, as `--set` takes it; `changed` is the plan with it.
         searched: such a change was looked for.
     """
     yield from _head(plan)
@@ -33,7 +35,7 @@ def plan_lines(plan: Plan, change: list[str] | None = None, searched: bool = Fal
         yield f"note: {note}"
     yield verdict(plan)
     if change:
-        yield f"smallest change that fits: {settings(change)}"
+        yield f"smallest change that fits{condition(changed) if changed else ''}: {settings(change)}"
     elif searched:
         yield "no smaller micro-batch, checkpointing, zero stage, offload or number of workers makes it fit"
 
@@ -116,7 +118,16 @@ def verdict(plan: Plan) -> str:
     if not plan.fits:
         return f"does not fit: {has}"
     least = "" if memory.activations.unknown is None else ", activations not counted"
-    return f"fits: {has}{least}"
+    return f"fits{condition(plan)}: {has}{least}"
+
+
+def condition(plan: Plan) -> str:
+    """What must be true besides, where a plan fits only as far as is known; "" where nothing must."""
+    if plan.host_wanted is None:
+        return ""
+    whose = "it" if plan.places.ranks_on_host == 1 else f"its {plan.places.ranks_on_host} ranks"
+    each = "the host" if plan.places.hosts == 1 else "each host"
+    return f", if {each} has {binary_size(plan.host_wanted)} for {whose}"
 
 
 def key_lines(plan: Plan) -> tuple[str, str]:
