@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -175,6 +176,24 @@ def test_a_wrong_cluster_file_is_one_line_that_points(tmp_path, text, said):
     with pytest.raises(UsageError) as caught:
         read_cluster(file)
     assert f"{file}{said}" in str(caught.value)
+
+
+CLUSTERS = sorted((Path(__file__).parents[2] / "clusters").glob("*.yaml"))
+
+
+def test_there_are_cluster_files_for_plan():
+    assert {"plan-8xh100.yaml", "plan-2x8xh200.yaml"} <= {file.name for file in CLUSTERS}
+
+
+@pytest.mark.parametrize("file", CLUSTERS, ids=lambda file: file.stem)
+def test_each_shipped_cluster_file_is_read_and_is_what_it_is_named_after(file):
+    assert file.read_text().startswith("# ")
+    cluster = read_cluster(file)
+    nodes, gpus, card = re.fullmatch(r"plan-(?:(\d+)x)?(\d+)x(\w+)", file.stem).groups()
+    assert (cluster.nodes, cluster.gpus_per_node, cluster.card_name) == (int(nodes or 1), int(gpus), card)
+    assert cluster.host_memory_gib
+    assert cluster.links.intra
+    assert cluster.nodes == 1 or "inter" in cluster.links.model_fields_set
 
 
 def test_numbers_go_before_those_of_a_cards_name(tmp_path):

@@ -9,8 +9,8 @@
       inter: {latency_us: 15, gb_per_s: 50}    # of each GPU to those of other nodes
     price_per_gpu_hour: 2.5
 
-`read_cluster` is the one way in: another kind of file (such as those that `ray up` takes) is told there from its keys,
-and becomes a `ClusterSpec` too.
+Two to begin with are in `clusters/`. `read_cluster` is the one way in: another kind of file (such as those that
+`ray up` takes) is told there from its keys, and becomes a `ClusterSpec` too.
 """
 
 from __future__ import annotations
