@@ -20,7 +20,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from distml import __version__
-from distml.errors import DistmlError, ExitCode
+from distml.errors import DistmlError, ExitCode, UsageError
 from distml.runtime.authentication import STUCK_THREAD
 from distml.spec.yaml import one_line
 
@@ -264,12 +264,27 @@ def plan(
     overrides: SetOption = None,
     cluster: Annotated[Path | None, typer.Option(metavar="FILE", help="Machines and links; else this machine.")] = None,
     shapes: Annotated[bool, typer.Option("--shapes", help="Also print the parameters' shapes.")] = False,
+    children: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Also say what N such runs come to: of a population, a sweep."),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, metavar="M", help="GPUs for the children; else the cluster's, or one run's.")
+    ] = None,
+    hours_each: Annotated[
+        float | None, typer.Option(min=0.0, metavar="H", help="GPU-hours of a child; else the plan's.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and seconds.")] = False,
 ) -> int:
     """Say whether a job fits, what it sends and how long it takes, without starting it; exit 4 if it does not fit."""
-    from distml.launch.plan.command import plan_command
+    from distml.launch.plan.command import Children, plan_command
 
-    return plan_command(spec=spec, overrides=list(overrides or ()), cluster=cluster, as_json=as_json, shapes=shapes)
+    if children is None and (gpus is not None or hours_each is not None):
+        raise UsageError("--gpus and --hours-each are of --children; add --children N")
+    many = Children(children, gpus, hours_each) if children is not None else None
+    return plan_command(
+        spec=spec, overrides=list(overrides or ()), cluster=cluster, as_json=as_json, shapes=shapes, children=many
+    )
 
 
 @app.command()

@@ -124,6 +124,20 @@ def test_offload_to_a_host_of_unknown_memory_fits_on_a_condition(here, capsys, k
         assert binary_size(plan["host_wanted"]) in found[1]
 
 
+def test_a_plan_is_multiplied_out(here, capsys):
+    """By GPU-hours that are given, or by the plan's own; on the cluster's GPUs where no other number is given."""
+    options = ["job.yaml", "--cluster", "big.yaml", "--children", "20000"]
+    assert main(["plan", *options, "--gpus", "500", "--hours-each", "2.4"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "20,000 children x 2.4 GPU-hours on 500 GPUs: 2,000 GPU-days, 4.0 days"
+    code, plan = planned(capsys, *options, "--set", "stop.steps=1000000")
+    many = plan["children"]
+    assert (code, many["children"], many["gpus"], many["each"]) == (0, 20_000, 16, 4)
+    assert [many["least"], many["most"]] == [pytest.approx(4 * hours) for hours in plan["hours"]]
+    assert many["days"] == [pytest.approx(20_000 / 4 * hours / 24) for hours in plan["hours"]]
+    assert planned(capsys, "job.yaml", "--cluster", "big.yaml")[1]["children"] is None
+
+
 def test_where_nothing_helps_that_is_said(here, capsys):
     (here / "none.yaml").write_text(CLUSTER.format(gpu="{memory_gib: 0.1, tflops: 10}"))
     assert main(["plan", "job.yaml", "--cluster", "none.yaml"]) == 4
@@ -136,6 +150,9 @@ def test_where_nothing_helps_that_is_said(here, capsys):
         (["job.yaml", "--cluster", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["job.yaml", "--cluster", "big.yaml", "--set", "resources.workers=32"], "has room for 16"),
         (["job.yaml", "--set", "task.model.heads=3"], "heads"),
+        (["job.yaml", "--gpus", "8"], "are of --children; add --children N"),
+        (["job.yaml", "--children", "5", "--gpus", "2"], "each child is on 4 GPUs"),
+        (["job.yaml", "--children", "5", "--set", "stop={seconds: 60}"], "give --hours-each"),
         (["rllib-ppo-cartpole"], "kind rllib"),
     ],
 )

@@ -192,5 +192,13 @@ def test_utilisation_is_a_share_of_the_peak():
 
 
 def test_a_populations_budget():
-    said = str(Budget(20_000, 2.4, 500))
+    said = str(Budget(20_000, 2.4, 2.4, 500))
     assert said == "20,000 children x 2.4 GPU-hours on 500 GPUs: 2,000 GPU-days, 4.0 days"
+
+
+def test_children_come_in_rounds_of_as_many_as_there_is_room_for():
+    """Five on four GPUs, two each: three rounds of half of the GPU-hours."""
+    budget = Budget(5, 24.0, 48.0, gpus=4, each=2)
+    assert (budget.days_of_work(24.0), budget.days(24.0), budget.days(48.0)) == (5.0, 1.5, 3.0)
+    assert str(budget) == "5 children x 24 to 48 GPU-hours on 4 GPUs: 5 to 10 GPU-days, 36 h 00 min to 3.0 days"
+    assert Budget(1, 24.0, 24.0, gpus=500).days(24.0) == 1.0

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distml.launch.plan.text import amount, between, span
 
 
 @dataclass(frozen=True)
@@ -11,24 +15,37 @@ class Budget:
 
     Attributes:
         children: runs.
-        gpu_hours: of each.
-        gpus: that work at the same time.
+        least, most: GPU-hours of each.
+        gpus: that there are.
+        each: GPUs that a run is on; as many runs go on at the same time as there is room for.
+        unit: what one of those is called.
     """
 
     children: int
-    gpu_hours: float
+    least: float
+    most: float
     gpus: int
+    each: int = 1
+    unit: str = "GPU"
 
-    @property
-    def gpu_days(self) -> float:
-        """Of all runs together."""
-        return self.children * self.gpu_hours / 24
+    def days_of_work(self, hours: float) -> float:
+        """GPU-days of all runs together, each of so many GPU-hours."""
+        return self.children * hours / 24
 
-    @property
-    def days(self) -> float:
-        """Until the last is done, if no GPU ever waits."""
-        return self.gpu_days / self.gpus
+    def days(self, hours: float) -> float:
+        """Until the last is done: one round of runs after the other."""
+        rounds = math.ceil(self.children / (self.gpus // self.each))
+        return rounds * hours / self.each / 24
+
+    def to_json(self) -> dict[str, Any]:
+        """What is given and what it comes to, the least and the most."""
+        both = (self.least, self.most)
+        return {**asdict(self), "days_of_work": [self.days_of_work(hours) for hours in both],
+                "days": [self.days(hours) for hours in both]}  # fmt: skip
 
     def __str__(self) -> str:
-        return (f"{self.children:,} children x {self.gpu_hours:g} GPU-hours on {self.gpus:,} GPUs: "
-                f"{self.gpu_days:,.0f} GPU-days, {self.days:,.1f} days")  # fmt: skip
+        hours = between(amount(self.least), amount(self.most))
+        work = between(amount(self.days_of_work(self.least)), amount(self.days_of_work(self.most)))
+        days = span(86400 * self.days(self.least), 86400 * self.days(self.most))
+        return (f"{self.children:,} children x {hours} {self.unit}-hours on {self.gpus:,} {self.unit}s: "
+                f"{work} {self.unit}-days, {days}")  # fmt: skip

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from distml.errors import ExitCode, UsageError
+from distml.launch.plan.budget import Budget
 from distml.launch.plan.cluster import ClusterSpec, read_cluster
 from distml.launch.plan.estimate import Plan, Traced, estimate
 from distml.launch.plan.fit import gentlest, levels_of, smallest_change
 from distml.launch.plan.machine import Machine, machine_of
 from distml.launch.plan.places import Places, nodes_of, places_of
-from distml.launch.plan.text import condition, plan_lines, settings, shape_lines
+from distml.launch.plan.text import condition, plan_lines, settings, shape_lines, worker_name
 from distml.memory import binary_size
 from distml.spec.loader import LoadedSpec, load_train
 from distml.spec.schema import JobSpec
@@ -112,16 +114,57 @@ def memory_advice(loaded: LoadedSpec[JobSpec]) -> str:
     return f"{said}; try {settings(change)}{condition(changed)}" if change and changed else said
 
 
-def plan_command(*, spec: str, overrides: list[str], cluster: Path | None, as_json: bool, shapes: bool) -> int:
+@dataclass(frozen=True)
+class Children:
+    """Many runs of the job, as they are asked for.
+
+    Attributes:
+        number: of runs.
+        gpus: that there are; None: the cluster's, else as many as one run takes.
+        hours_each: GPU-hours of a run; None: the plan's.
+    """
+
+    number: int
+    gpus: int | None = None
+    hours_each: float | None = None
+
+
+def budget_of(plan: Plan, children: Children, cluster: ClusterSpec | None) -> Budget:
+    """What they come to.
+
+    Raises:
+        UsageError: it is not known how long one takes, or there is no room for one.
+    """
+    each, unit = plan.places.ranks, worker_name(plan)
+    of_cluster = cluster.nodes * cluster.gpus_per_node if cluster is not None and plan.places.gpus else 0
+    gpus = children.gpus or max(of_cluster, each)
+    if gpus < each:
+        raise UsageError(f"--gpus is {gpus}, and each child is on {each} {unit}s; raise it, or lower resources.workers")
+    hours = children.hours_each
+    if hours is None and plan.hours is None:
+        raise UsageError("--children needs to know how long one takes, and stop has no steps, examples or tokens; give "
+                         "--hours-each, or one of those")  # fmt: skip
+    least, most = (hours, hours) if hours is not None else (each * one for one in plan.hours or ())
+    return Budget(children.number, least, most, gpus, each, unit)
+
+
+def plan_command(
+    *, spec: str, overrides: list[str], cluster: Path | None, as_json: bool, shapes: bool,
+    children: Children | None = None,
+) -> int:  # fmt: skip
     """The verb `plan`; its exit code."""
-    planner = Planner(load_train(spec, overrides), read_cluster(cluster) if cluster is not None else None)
+    machines = read_cluster(cluster) if cluster is not None else None
+    planner = Planner(load_train(spec, overrides), machines)
     plan = planner.plan()
+    budget = budget_of(plan, children, machines) if children is not None else None
     change = None if plan.fits else planner.smallest_change()
     if as_json:
-        print(json.dumps({**plan.to_json(), "smallest_change": change, "shapes": plan.size.shapes}, indent=2))
+        many = budget.to_json() if budget is not None else None
+        said = {**plan.to_json(), "smallest_change": change, "shapes": plan.size.shapes, "children": many}
+        print(json.dumps(said, indent=2))
     else:
-        if shapes:
-            print("\n".join(shape_lines(plan.size.shapes)))
         changed = planner.attempt(change) if change else None
-        print("\n".join(plan_lines(plan, change, changed, searched=not plan.fits)))
+        lines = [*shape_lines(plan.size.shapes)] if shapes else []
+        lines += plan_lines(plan, change, changed, searched=not plan.fits)
+        print("\n".join([*lines, *([str(budget)] if budget is not None else [])]))
     return int(ExitCode.DONE if plan.fits else ExitCode.GOAL_MISSED)
