@@ -176,6 +176,66 @@ class UsedParameters:
             )
 
 
+class SameUses:
+    """Watches that a model whose weights are cut is used on all ranks alike outside the loss: each use gathers weights.
+
+    A use is a forward of the model or of one of its modules, called by whoever is no module of it.
+
+    Args:
+        model: the whole of it.
+        group: of all ranks.
+    """
+
+    def __init__(self, model: nn.Module, group: ProcessGroup) -> None:
+        self.group, self.depth, self.made = group, 0, 0
+        self.names = {module: f"model.{name}" if name else "model" for name, module in model.named_modules()}
+        self.watched = list(eager_modules(model))
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, a use begins when all ranks make it, and the end is reached when all are there.
+
+        Raises:
+            ValueError: one rank uses something else than another, or more of it; on all ranks.
+        """
+        handles = [module.register_forward_pre_hook(self._begin, prepend=True) for module in self.watched]
+        handles += [module.register_forward_hook(self._end, always_call=True) for module in self.watched]
+        try:
+            yield
+            self._agree("")
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        if self.depth == 0:
+            self._agree(self.names[module])
+            self.made += 1
+        self.depth += 1
+
+    def _end(self, *_: Any) -> None:
+        self.depth -= 1
+
+    def _agree(self, use: str) -> None:
+        uses = [other.decode() for other in self.group.all_gather(use.encode())]
+        for rank, other in enumerate(uses):
+            if other == uses[0]:
+                continue
+            number, (more, less) = self.made + 1, (0, rank) if uses[0] else (rank, 0)
+            different = f"forward {number} in evaluate is of {uses[0]} on rank 0, of {other} on rank {rank}"
+            unequal = f"rank {more} makes {number} forwards or more in evaluate, rank {less} {self.made}"
+            raise ValueError(f"{unequal if not uses[less] else different}; under zero/3 each is a collective: make the "
+                             "same on all ranks, as of part.batches(), or use stage 1 or 2")  # fmt: skip
+
+
+def eager_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """It and all in it but for what is compiled, where a hook would be compiled too."""
+    if module._compiled_call_impl is None:
+        yield module
+        for child in module.children():
+            yield from eager_modules(child)
+
+
 class _Total(nn.Module):
     """The wrapped module. What backward begins with comes first and by itself: DeepSpeed looks into no dataclass."""
 
@@ -272,6 +332,9 @@ class ShardedEngine:
         """Inside, weights are gathered when they are read, as in the loss: also by whom they do not belong to.
 
         So they are there for tied layers, and for whoever looks at a weight itself. Every rank must read the same.
+
+        Raises:
+            ValueError: ranks use the model differently (`SameUses`).
         """
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, ensure_zero_ordered_dict
 
@@ -284,7 +347,7 @@ class ShardedEngine:
             module._parameters._in_forward = True
         FWD_MODULE_STACK.append(self.model)  # in whose name they are gathered
         try:
-            with peers(self.group, "gathering outside the loss"):
+            with peers(self.group, "gathering outside the loss"), SameUses(self.model, self.group).watching():
                 yield
         finally:
             FWD_MODULE_STACK.pop()

@@ -210,7 +210,11 @@ class Task:
         """Called after each change of the weights; must be a function of the weights alone (a target network)."""
 
     def evaluate(self, model: nn.Module, part: Part, progress: Progress) -> dict[str, Mean]:
-        """Sums and counts over this part of `part.split`; by default the mean loss."""
+        """Sums and counts over this part of `part.split`; by default the mean loss.
+
+        Where the weights are cut over the workers (zero/3) each use of the model is a collective: every worker must
+        make the same, in the same order, also for a part with fewer rows or none. `part.batches()` gives each as many.
+        """
         batch = part.data()
         if not length(batch):
             return {}

@@ -79,7 +79,7 @@ def trained(rank: int, join: Any) -> dict[Any, Any]:
             "metrics": trainer.evaluate("validation"), "layout": trainer.strategy.layout,
         }  # fmt: skip
         trainer.strategy.close()
-    return found | {"said": uneven_use(rank, join)}
+    return found | {"said": uneven_use(rank, join), "said of evaluations": uneven_evaluations(rank, join)}
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +241,29 @@ def test_losses_that_do_not_always_depend_on_the_same_parameters_are_refused(zer
     assert by_step.startswith("step 1: the loss of this step depends on 1.weight, that of the first does not; ")
     assert "depends on 1.weight, that of " in by_batch
     assert by_batch.endswith("on all ranks and in all steps; use all_reduce")
+
+
+def uneven_evaluations(rank: int, join: Any) -> list[str]:
+    """What each rank says of evaluations that use the model differently on the other."""
+    said = []
+    for walks in ("row by row", "by module"):
+        trainer = trainer_of(spec_of({"name": "walking:Walking", "args": {"walks": walks}}, steps=9, workers=2,
+                                     strategy={"name": "zero", "stage": 3}), rank, 2)  # fmt: skip
+        trainer.connect(join(), None)
+        advance(trainer, 1)
+        with pytest.raises(ValueError, match="zero/3") as caught:
+            trainer.evaluate("validation")
+        said.append(str(caught.value))
+        trainer.strategy.close()
+    return said
+
+
+def test_evaluations_that_use_the_model_differently_are_refused_on_all_ranks(zero):
+    by_row, by_module = zero[0]["said of evaluations"]
+    assert by_row.startswith("rank 1 makes 2 forwards or more in evaluate, rank 0 1; under zero/3 each is a collective")
+    assert "part.batches()" in by_row
+    assert by_module.startswith("forward 1 in evaluate is of model on rank 0, of model.0 on rank 1; ")
+    assert zero[1]["said of evaluations"] == zero[0]["said of evaluations"]
 
 
 def bereaved(rank: int, join: Any, stage: int) -> str:
