@@ -9,9 +9,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from distml.errors import UsageError
+from distml.spec.corpus_files import find_files
 from distml.spec.language import STDLIB, CorpusSpec, LanguageModelSpec, MaskedLanguageModelSpec
 from distml.spec.messages import describe
-from distml.tasks.corpus import SPLITS, find_files
+from distml.tasks.corpus import SPLITS
 from distml.tasks.text import tokenize
 from distml.tasks.tokens import TokenFolder
 

@@ -1,4 +1,4 @@
-"""What a language model's block must be completed with, and the rules that it must keep. No text is read here.
+"""What a language model's block must be completed with, and the rules that it must keep. No text is read, only listed.
 
 Paths become absolute, so that the run directory's spec finds the same files. A folder that `distml tokenize` wrote
 brings its own tokeniser and its own splits.
@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distml.errors import UsageError
+from distml.spec.corpus_files import iterate_files
 from distml.spec.language import (
     STDLIB,
     TOKENS_FORMAT,
@@ -92,11 +94,9 @@ def _check_token_folder(data: CorpusSpec) -> Iterator[Problem]:
 
 
 def _check_files(data: CorpusSpec, tokenizer: object) -> Iterator[Problem]:
-    if data.path != STDLIB and not Path(data.path).exists():
-        yield Problem(
-            f"task.data.path: there is no {data.path}; name a text file, a folder of them, or {STDLIB}",
-            ((*DATA, "path"), DATA),
-        )
+    missing = None if is_token_folder(Path(data.path)) else _missing_text(data)
+    if missing is not None:
+        yield Problem(f"task.data.path: {missing}", ((*DATA, "path"), DATA))
     if isinstance(tokenizer, TokenizerFileSpec) and file_vocabulary(Path(tokenizer.path)) is None:
         found = "is no tokeniser's file" if Path(tokenizer.path).is_file() else "does not exist"
         yield Problem(
@@ -104,6 +104,17 @@ def _check_files(data: CorpusSpec, tokenizer: object) -> Iterator[Problem]:
             "`distml tokenize`",
             ((*TOKENIZER, "path"), TOKENIZER),
         )
+
+
+def _missing_text(data: CorpusSpec) -> str | None:
+    """Why a corpus has no text; None: it has a file, which may yet turn out to be no text."""
+    if data.path != STDLIB and not Path(data.path).exists():
+        return f"there is no {data.path}; name a text file, a folder of them, or {STDLIB}"
+    try:
+        next(iterate_files(data))
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------- vocabulary

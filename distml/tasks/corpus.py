@@ -1,6 +1,6 @@
 """Where text comes from: files, cut into documents, dealt out to the three splits. No torch.
 
-    CorpusSpec ── find_files ──▶ files ── documents_of ──▶ documents ── deal ──▶ three splits ── read ──▶ texts
+    spec/corpus_files.py ──▶ files ── documents_of ──▶ documents ── deal ──▶ three splits ── read ──▶ texts
 
 The standard library and a folder: each file is a document. A single file: its documents end at blank lines, which
 belong to none; a file with hardly any of them is cut into pieces of equal length, each up to the end of a line. A
@@ -9,42 +9,24 @@ document is in one split as a whole. Which one is drawn from the seed; within a 
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import mmap
 import os
 import re
-import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from distml.errors import UsageError
-from distml.spec.language import STDLIB, CorpusSpec
+from distml.spec.corpus_files import File, root_of
+from distml.spec.language import CorpusSpec
 
 SPLITS = ("train", "validation", "test")
-NOT_THE_LIBRARY = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"})
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
 FEW_DOCUMENTS, PIECES = 20, 100
 HASHED_BYTES = 64 * 2**20  # of a corpus that is known by what it holds; reading these takes a fraction of a second
-
-
-@dataclass(frozen=True)
-class File:
-    """A text file.
-
-    Attributes:
-        name: its path within the corpus.
-        modified: when, in nanoseconds.
-    """
-
-    name: str
-    path: Path
-    size: int
-    modified: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,29 +39,6 @@ class Document:
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-def find_files(spec: CorpusSpec) -> list[File]:
-    """The corpus's files by their names, without those that are empty.
-
-    Raises:
-        UsageError: there are none, or they cannot be listed.
-    """
-    root = _root(spec)
-    try:
-        if root.is_file():
-            files = [_file(root, root.name)]
-        elif spec.path == STDLIB:
-            files = [file for file in _walk(root, NOT_THE_LIBRARY) if file.name.endswith(".py")]
-        else:
-            files = [file for file in _walk(root) if fnmatch.fnmatchcase(file.name, spec.pattern)]
-    except OSError as error:
-        raise UsageError(f"{error.filename or root}: cannot be read: {error.strerror}; name another corpus") from None
-    found = [file for file in files if file.size]
-    if not found:
-        what = "is empty" if root.is_file() else f"has no file that matches {spec.pattern!r} and is not empty"
-        raise UsageError(f"corpus {root} {what}; set task.data.path to a text file, or to a folder of them")
-    return found
-
-
 def fingerprint(spec: CorpusSpec, files: Sequence[File]) -> dict[str, object]:
     """What tells these files from all others, as JSON: where they are, their names, and what they hold.
 
@@ -90,37 +49,12 @@ def fingerprint(spec: CorpusSpec, files: Sequence[File]) -> dict[str, object]:
     """
     small = sum(file.size for file in files) <= HASHED_BYTES
     held = [[file.name, _sha256(file)] if small else [file.name, file.size, file.modified] for file in files]
-    return {"root": os.path.realpath(_root(spec)), "files": held}
+    return {"root": os.path.realpath(root_of(spec)), "files": held}
 
 
 def _sha256(file: File) -> str:
     with _contents(file) as data:
         return hashlib.sha256(data).hexdigest()
-
-
-def _root(spec: CorpusSpec) -> Path:
-    return Path(sysconfig.get_path("stdlib")) if spec.path == STDLIB else Path(spec.path)
-
-
-def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> list[File]:
-    """The files under a folder, sorted by name; hidden ones are left out, links to folders not followed."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    files = []
-    for folder, below, names in os.walk(root, onerror=fail):
-        below[:] = [name for name in below if name not in left_out and not name.startswith(".")]
-        for name in names:
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                files.append(_file(path, path.relative_to(root).as_posix()))
-    return sorted(files, key=lambda file: file.name)
-
-
-def _file(path: Path, name: str) -> File:
-    status = path.stat()
-    return File(name, path, status.st_size, status.st_mtime_ns)
 
 
 # ------------------------------------------------------------------------------------------------------------ documents

@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distml.errors import UsageError
+from distml.spec.corpus_files import File, find_files
 from distml.spec.language import BPESpec, MaskedLanguageModelSpec
 from distml.spec.language_rules import RUN_TOKENIZER, TextTaskSpecs, is_token_folder
 from distml.spec.schema import InitSpec, JobSpec
-from distml.tasks.corpus import SPLITS, File, deal, documents_of, find_files, fingerprint, read
+from distml.tasks.corpus import SPLITS, deal, documents_of, fingerprint, read
 from distml.tasks.library_tokenizers import same_tokens
 from distml.tasks.tokenizers import Tokens, make_tokenizer, read_tokenizer
 from distml.tasks.tokens import TokenFolder, build_once, write_folder

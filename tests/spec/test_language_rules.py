@@ -53,6 +53,11 @@ BROKEN = {
     "no validation": (LM + "data: {path: stdlib, validation: 0.0}}", "4:51", "every run is measured on that split"),
     "no such text": (LM + "data: {path: nowhere}}", "4:37", "there is no "),
     "no such text, in short": (LM + "data: nowhere}", "4:30", "name a text file, a folder of them, or stdlib"),
+    "an empty text": (LM + "data: {path: empty/file.txt}}", "4:37", "empty/file.txt is empty; set task.data.path to a text file"),
+    "a folder without text": (LM + "data: empty}", "4:30", "has no file that matches '*' and is not empty"),
+    "no file of this name": (
+        LM + "data: {path: ., pattern: '*.rst'}}", "4:37", "has no file that matches '*.rst' and is not empty",
+    ),
     "no such tokeniser": (LM + "tokenizer: {name: file, path: nowhere.json}}", "4:54", "nowhere.json does not exist"),
     "no tokeniser": (LM + "tokenizer: {name: file, path: job.yaml}}", "4:54", "job.yaml is no tokeniser's file"),
     "small bpe": (LM + "tokenizer: {name: bpe, vocabulary: 257}}", "4:65", "must be at least 258"),
@@ -61,8 +66,10 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_rule_names_values_fix_and_place(case, fails):
+def test_a_broken_rule_names_values_fix_and_place(case, fails):  # `fails` changes into a folder of its own
     text, place, phrase = BROKEN[case]
+    Path("empty").mkdir()
+    Path("empty/file.txt").touch()
     message = fails(f"{HEAD}{text}\n")
     assert message.startswith(f"job.yaml:{place}: "), message
     assert phrase in message
@@ -143,7 +150,7 @@ def test_what_is_known_of_the_vocabulary(task, tokenizer, known):
     assert known_vocabulary(load(OWN, {"name": task, "data": "rhymes.txt", "tokenizer": tokenizer}).job.task) == known
 
 
-def test_checking_reads_no_text_and_imports_no_torch(tmp_path):
+def test_checking_lists_but_reads_no_text_and_imports_no_torch(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "binary").write_bytes(b"\xff\0")
     spec = {"distml": "v1", "name": "x", "stop": {"tokens": 1}, "task": {"name": "language_model", "data": "text"}}

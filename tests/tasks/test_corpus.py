@@ -11,8 +11,9 @@ import pytest
 from own.oracle import OWN
 
 from distml.errors import UsageError
+from distml.spec.corpus_files import find_files, iterate_files
 from distml.spec.language import CorpusSpec
-from distml.tasks.corpus import SPLITS, deal, documents_of, find_files, read
+from distml.tasks.corpus import SPLITS, deal, documents_of, read
 
 RHYMES = OWN / "rhymes.txt"
 
@@ -50,6 +51,16 @@ def test_a_folder_is_its_files_by_name(folder):
     assert [file.name for file in find_files(corpus(folder))] == ["a/z.txt", "b.txt", "c.md", "d.txt"]
     assert [file.name for file in find_files(corpus(folder, pattern="*.txt"))] == ["a/z.txt", "b.txt", "d.txt"]
     assert list(read(documents_of(find_files(corpus(folder))))) == ["one", "two", "three", "four"]
+
+
+def test_whether_there_is_a_file_takes_no_second_one(folder, monkeypatch):
+    listed = []
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: listed.append(path) or is_file(path))
+    next(iterate_files(corpus(folder, pattern="*.txt")))
+    few = len(listed)
+    assert len(list(iterate_files(corpus(folder, pattern="*.txt")))) == 3
+    assert few < len(listed) - few
 
 
 def test_a_files_documents_end_at_blank_lines():

@@ -18,6 +18,7 @@ import torch
 from own.oracle import OWN, job_of, spec_of
 
 from distml.errors import UsageError
+from distml.spec.corpus_files import find_files
 from distml.tasks.corpus import SPLITS
 from distml.tasks.text import IGNORED, TokenRows, cached, key_of, open_text, pinned
 from distml.tasks.tokenizers import ByteTokenizer, learn_bpe
@@ -148,8 +149,6 @@ def test_the_second_time_nothing_is_tokenised(monkeypatch, tmp_path):
 
 
 def test_the_key_follows_from_all_that_the_tokens_follow_from(tmp_path):
-    from distml.tasks.corpus import find_files
-
     task = task_of()
     files = find_files(task.data)
     copy = tmp_path / "rhymes.txt"
