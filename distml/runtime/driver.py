@@ -11,12 +11,13 @@ starts fast, and runs where torch is not wanted.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from distml.spec.schema import JobSpec
 from distml.strategies.agenda import Agenda
 
 RESULT_EVERY_S = 1.0
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 EXIT_STATUS = {"goal": "goal_met", "requested": "interrupted"}
 
 
@@ -144,7 +146,8 @@ class Driver:
         self.group.begin(self.cut)
         self.signals.is_training = True
         for event in self.group.events():
-            self.handle(event)
+            with self._disk():
+                self.handle(event)
         self.signals.is_training = False
         for row in self.merger.flush():
             self._write(row)
@@ -152,6 +155,17 @@ class Driver:
         if self.end_version < 0 or (self.reason == "requested" and saved < self.end_version):
             self._keep_newest()  # asked to stop, and not all workers could end in time
         return self._finish()
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Inside, a disk without space is the run's failure, as it is where a checkpoint is written."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            message = f"{self.directory.path} cannot be written: {error.strerror}"
+            raise RunError(message, phase="checkpoint", step=self.version) from error
 
     def _keep_newest(self) -> None:
         self._fetch()
@@ -323,8 +337,9 @@ class Driver:
 
     # -------------------------------------------------------------------------------------------------------- failures
     def _failed(self, event: Failed) -> None:
-        self.directory.logs.mkdir(exist_ok=True)
-        (self.directory.logs / f"rank-{event.rank}-error.txt").write_text(event.traceback)
+        with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+            self.directory.logs.mkdir(exist_ok=True)
+            (self.directory.logs / f"rank-{event.rank}-error.txt").write_text(event.traceback)
         message = self._with_advice(event.message)
         error = RunError(message, role=f"rank {event.rank}", phase=event.phase, step=event.version)
         raise UsageError(str(error)) if event.version == self.start_version == 0 else error
@@ -436,17 +451,18 @@ class Driver:
         }
         with contextlib.suppress(DistmlError, OSError):
             self.store.wait(timeout_s=30.0)
+        self.store.discard(self.store.ranks_folders())  # now: they may be what has filled the disk
         steps = self.store.steps()
         checkpoint = f"checkpoints/{folder_name(steps[-1])}" if steps else None
-        if not self.has_started:  # what an earlier run came to stays as it is
-            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            self.directory.result.update(status=status, error=None if status == "interrupted" else message)
-            return
-        if isinstance(error, KeyboardInterrupt):
-            self.directory.result.update(status="interrupted", step=self.version, error=None, checkpoint=checkpoint)
-            return
-        self.directory.result.update(status="failed", step=self.version, wall_s=self.merger.seconds, error=message,
-                                     metrics=self.metrics, best=self.best, checkpoint=checkpoint)  # fmt: skip
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        changes: dict[str, Any] = {"status": "interrupted" if is_interrupt else "failed",
+                                   "error": None if is_interrupt else message}  # fmt: skip
+        if self.has_started:  # else what an earlier run came to stays as it is
+            changes |= {"step": self.version, "checkpoint": checkpoint}
+        if self.has_started and not is_interrupt:
+            changes |= {"wall_s": self.merger.seconds, "metrics": self.metrics, "best": self.best}
+        with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+            self.directory.result.update(**changes)
 
     def close(self) -> None:
         """End processes, threads and files, whatever happened; what ranks have written for nobody goes."""

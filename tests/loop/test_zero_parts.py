@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import signal
@@ -17,8 +19,10 @@ from own.oracle import OWN, job_of, same, saved, spec_of
 from own.rhyming import assert_alike, chain, rhyming, zero
 
 import distml
-from distml.errors import UsageError
+from distml.errors import RunError, UsageError
 from distml.runs.checkpoints import CheckpointStore
+from distml.runs.directory import MetricsFile
+from distml.runs.files import write_atomically
 from distml.runtime.inline import InlineRuntime
 from distml.tasks.sources import SourceTree
 
@@ -180,6 +184,45 @@ def test_a_damaged_part_is_passed_over_and_said(tmp_path):
     assert any("step-00000008 is damaged" in note and "using step-00000004" in note for note in notes)
     assert "resuming from step 4" in notes
     assert same(saved(whole.directory)["model"], saved(tmp_path / "run")["model"])
+
+
+@pytest.mark.parametrize("when", ["the rank's part", "the driver's report"])
+def test_a_disk_without_space_is_the_runs_failure_and_said_in_its_result(when, tmp_path, monkeypatch):
+    """Full from the moment when the rank's part is begun, for as long as it lies there."""
+    no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    replace_file, append = write_atomically, MetricsFile.append
+
+    def check_space(path: Path) -> None:
+        if list((tmp_path / "run" / "checkpoints").glob("*.ranks")):
+            raise no_space
+
+    def fill(folder: Path, *rest) -> None:
+        folder.mkdir(parents=True)
+        raise no_space
+
+    def fill_and_report(self: MetricsFile, row: dict) -> None:
+        if row["step"] == 8:
+            (tmp_path / "run" / "checkpoints" / "step-00000008.other.ranks").mkdir(parents=True)
+        check_space(self.path)
+        append(self, row)
+
+    def guarded(path: Path, *rest, **keys) -> None:
+        check_space(path)
+        replace_file(path, *rest, **keys)
+
+    if when == "the rank's part":
+        monkeypatch.setattr("distml.loop.write_part", fill)
+    else:
+        monkeypatch.setattr(MetricsFile, "append", fill_and_report)
+    monkeypatch.setattr("distml.runs.directory.write_atomically", guarded)
+    monkeypatch.setattr(Path, "write_text", lambda path, *_, **__: check_space(path))
+    with pytest.raises(RunError, match="No space left on device") as caught:
+        run(tmp_path / "run", small("small:Small", zero(2), 12, checkpoint={"every": 8}, log={"every": 4, "to": []}))
+    role = "rank 0" if when == "the rank's part" else "driver"
+    assert (caught.value.phase, caught.value.role) == ("checkpoint", role)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["error"]["phase"], result["error"]["rank"]) == ("failed", "checkpoint", role)
+    assert "No space left" in result["error"]["message"]
 
 
 def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before(tmp_path):
