@@ -4,17 +4,21 @@
 
 What a spec describes is tokenised once per machine and kept: $DISTML_CACHE (or ~/.cache/distml)/tokens/KEY, where the
 key follows from the files, from the settings and from the seed that deals out the documents. See `fingerprint` for what
-tells files apart.
+tells files apart. Whoever adds an entry removes those that nobody has used for `KEPT_DAYS`.
 
 Shapes: B examples, T tokens of an example.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import json
 import os
+import re
+import shutil
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,6 +38,8 @@ from distml.tasks.tokens import TokenFolder, build_once, write_folder
 IGNORED = -100  # behind the end of a split; also the target of what is not to be predicted
 EMBEDDING = "tokens.weight"  # of GPT and BERT: a row for each token
 WAIT_S = 900.0
+KEPT_DAYS = 30
+ENTRY = re.compile(r"[0-9a-f]{32}")
 FORMAT = 1  # of what the keys stand for: raised when the same settings come to give other tokens
 
 
@@ -104,11 +110,31 @@ def check_source(init: InitSpec, source: str, text: TokenFolder) -> None:
 
 
 def cached(task: TextTaskSpecs, seed: int) -> Path:
-    """The folder in the cache, written now if it is not there."""
+    """The folder in the cache, written now if it is not there; it counts as used now."""
     files = find_files(task.data)
     folder = cache_root() / key_of(task, seed, files)
-    build_once(folder, lambda: tokenize(task, seed, files, folder), WAIT_S)
+
+    def build() -> None:
+        tokenize(task, seed, files, folder)
+        remove_unused(folder.parent)
+
+    build_once(folder, build, WAIT_S)
+    with contextlib.suppress(OSError):  # somebody else's
+        os.utime(folder)
     return folder
+
+
+def remove_unused(cache: Path) -> None:
+    """Remove the entries that nobody has used for `KEPT_DAYS`; what is no entry stays, and what cannot be removed.
+
+    Whoever has an entry's tokens open keeps them; to others it is one that is not there yet.
+    """
+    oldest = time.time() - KEPT_DAYS * 86_400
+    for folder in cache.iterdir():
+        with contextlib.suppress(OSError):
+            if ENTRY.fullmatch(folder.name) and is_token_folder(folder) and folder.stat().st_mtime < oldest:
+                # Renamed first: nobody finds half an entry. What a kill leaves goes when this entry is built again.
+                shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.partial-{os.getpid()}")))
 
 
 def cache_root() -> Path:

@@ -231,6 +231,28 @@ def test_of_many_that_want_a_folder_one_builds_it(tmp_path):
     assert TokenFolder(tmp_path / "tokens").meta.vocabulary == 257
 
 
+def test_a_new_entry_removes_those_that_nobody_has_used_for_a_month(alike, tmp_path):
+    def age(path: Path, days: float) -> None:
+        os.utime(path, (time.time() - days * 86_400,) * 2)
+
+    cache = tmp_path / "cache" / "tokens"
+    used, unused, recent = (open_text(alike[0], seed).path for seed in range(3))
+    mapped = TokenFolder(unused).tokens("train")
+    before = mapped.tolist()
+    write_folder(cache / "mine", ByteTokenizer(), TEXTS)
+    other = cache / ("0" * 32)
+    other.mkdir()
+    for path, days in ((used, 31), (unused, 31), (recent, 29), (cache / "mine", 31), (other, 31)):
+        age(path, days)
+    assert open_text(alike[0], 0).path == used  # what is used is young again; nothing was built, and nothing removed
+    assert unused.is_dir()
+    built = open_text(alike[1], 0).path
+    folders = {path for path in cache.iterdir() if path.is_dir()}
+    assert folders == {used, recent, built, cache / "mine", other}
+    assert mapped.tolist() == before
+    assert open_text(alike[0], 1).path == unused  # written anew
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
