@@ -11,7 +11,7 @@ import pytest
 from own.oracle import OWN, spec_of
 
 import distml
-from distml.errors import UsageError
+from distml.errors import RunError, UsageError
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 ALL_REDUCE = {"name": "all_reduce"}
@@ -63,6 +63,15 @@ def test_a_run_is_that_of_all_reduce(tmp_path, capfd, spec, stage):
     assert min(found["comm/bytes_per_step"]) > 0
     log = (tmp_path / "ray" / "logs" / "worker-0.log").read_text()
     assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_unequal_forwards_ends_the_run_and_is_not_restarted(tmp_path):
+    spec = spec_of("walking:Walking", strategy={"name": "zero", "stage": 3}, workers=2, steps=8, evaluate={"every": 4})
+    with pytest.raises(RunError, match="rank 1 makes 2 forwards or more in evaluate, rank 0 1") as caught:
+        distml.run(spec, out=tmp_path / "run", runtime="ray")
+    assert (caught.value.phase, caught.value.step) == ("evaluate", 4)
+    assert "runtime/restarts" not in json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
 
 
 def test_several_workers_are_several_processes(tmp_path):
