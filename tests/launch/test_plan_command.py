@@ -305,6 +305,14 @@ def key_lines_of(plan) -> str:
             f"states {binary_size(memory['model_states'])}")  # fmt: skip
 
 
+def test_a_small_models_step_takes_at_least_so_long(here, capsys):
+    small = ["job.yaml", "--set", "resources={workers: 2}", "--set", "precision=fp32", "--set", "strategy.stage=3"]
+    assert main(["plan", *small, "--set", "batch_size=2"]) == 0
+    assert re.search(r"takes at least .* tokens/s at most", capsys.readouterr().out)
+    assert main(["plan", *small, "--set", "batch_size=2048", "--set", "micro_batch_size=256"]) == 0
+    assert re.search(r"takes  .* tokens/s at least", capsys.readouterr().out)
+
+
 def test_seconds_read_well():
     read = [seconds(value) for value in (0.0, 2e-6, 0.0123, 5.0, 86400.0 * 3)]
     assert read == ["0 ms", "2 us", "12.3 ms", "5.0 s", "3.0 days"]

@@ -13,10 +13,12 @@ from torch import nn
 from distml.exchange.flat import Carried, FlatModel
 from distml.launch.plan.budget import Budget
 from distml.launch.plan.cluster import LinkSpec
+from distml.launch.plan.estimate import DEEPSPEED_S, step_of
 from distml.launch.plan.flops import flops_per_token, model_flops_utilisation, product_parameters
+from distml.launch.plan.machine import Machine
 from distml.launch.plan.places import Places, nodes_of, places_of
 from distml.launch.plan.states import Size, model_states, states_of
-from distml.launch.plan.wire import Links, bytes_per_step, wire_seconds
+from distml.launch.plan.wire import LOOPBACK, Links, bytes_per_step, collectives_per_step, wire_seconds
 from distml.strategies.in_place import sync_regions
 from distml.strategies.moments import moment_names
 from distml.strategies.shared_servers import async_regions
@@ -150,6 +152,43 @@ def test_zero_sends_two_or_three_times_its_parameters(stage, elements):
     assert bytes_per_step(job, size, places) == pytest.approx(elements * 2e6 * 3 / 4)
     more = {1: 2, 2: 4, 3: 9}[stage]
     assert bytes_per_step(job, size, places, accumulation=3) == pytest.approx(more * 2e6 * 3 / 4)
+
+
+@pytest.mark.parametrize(("stage", "collectives"), [(1, 2 + 1 + 2), (2, 3 * 2 + 1 + 2), (3, 3 * (2 * 2 + 2) + 1 + 2)])
+def test_zeros_collectives_by_hand(stage, collectives):
+    """Two of three modules are gathered one by one; two buckets of gradients; three micro-batches."""
+    job = zero_job(stage)
+    job.strategy.deepspeed["zero_optimization"] = {"reduce_bucket_size": 600_000, "allgather_bucket_size": 1_100_000}
+    size = Size({"a.weight": (1000, 500), "a.bias": (500,), "b.c.weight": (1000, 500), "norm.weight": (500,)})
+    places = Places(4, 1, 4, True, "process_group")
+    assert collectives_per_step(job, size, places, accumulation=3) == collectives
+    assert collectives_per_step(job, size, Places(1, 1, 1, True, "process_group")) == 0
+
+
+@pytest.mark.parametrize(("stage", "layers", "counted"), [(1, 4, 4), (2, 4, 4), (3, 8, 70)])
+def test_collectives_are_those_that_torch_was_asked_for_in_runs(stage, layers, counted):
+    """Counted by wrapping torch.distributed's functions in runs of two workers; a layer's weights may be reused."""
+    width, linear = 64, {"attention.qkv": 192, "attention.output": 64, "mlp.up": 256, "mlp.down": 256}
+    shapes = {"tokens.weight": (512, width), "positions.weight": (32, width), "norm.weight": (width,)}
+    shapes |= {f"layers.{n}.{name}.weight": (rows, width) for n in range(layers) for name, rows in linear.items()}
+    places = Places(2, 1, 2, False, "process_group")
+    planned = collectives_per_step(zero_job(stage, "fp32", gpus=0), Size(shapes), places)
+    assert planned == pytest.approx(counted, rel=0.05)
+
+
+def test_waiting_for_many_collectives_is_most_of_a_small_step():
+    """Twelve modules of 100 elements on two ranks: 24 gathers and four others, each of which costs its latency."""
+    job, places = zero_job(3, "fp32", gpus=0), Places(2, 1, 2, False, "process_group")
+    size = Size({f"{number}.weight": (100,) for number in range(12)})
+    machine = Machine(1e9, "", "", 1e12, "", 0.0)
+    step = step_of(job, size, places, machine, None, 1)
+    assert step.collectives == 24 + 1 + 1 + 2
+    assert step.wire_s == pytest.approx(28 * LOOPBACK.latency_us * 1e-6, rel=0.01)
+    assert step.least_s > 28 * DEEPSPEED_S
+    assert step.is_small
+    large = step_of(job, Size({"w": (10_000, 10_000)}), places, machine, None, 1)
+    assert large.wire_s == pytest.approx(large.sent / (LOOPBACK.gb_per_s * 1e9), rel=0.01)
+    assert not large.is_small
 
 
 def test_a_ring_and_rings_between_nodes_by_hand():

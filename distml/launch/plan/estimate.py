@@ -21,14 +21,14 @@ from distml.launch.plan.flops import flops_per_token, product_parameters
 from distml.launch.plan.machine import Machine
 from distml.launch.plan.places import Places
 from distml.launch.plan.states import Size, States, model_states, num_moments, states_of
-from distml.launch.plan.wire import bytes_per_step, links_of, wire_seconds
+from distml.launch.plan.wire import bytes_per_step, collectives_per_step, links_of, wire_seconds
 from distml.spec.language import TextBlock
 from distml.spec.schema import JobSpec
 from distml.spec.zero import ZeroSpec
-from distml.strategies.zero_config import engine_config
 
 RECOMPUTED = 4 / 3  # activation checkpointing: forward twice, backward once
-BUCKET_BYTES = 25e6  # of DDP, and roughly of what else is sent in pieces
+DEEPSPEED_S = 300e-6  # assumed: hooks and buffers of the library around each of its collectives
+SMALL_STEP_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ class Step:
     Attributes:
         sent: bytes that a rank sends.
         flops: of a rank: the model's, and what is computed again.
+        compute_s: for these, and for what DeepSpeed does around each collective.
         examples, tokens: of all ranks; tokens 0 where examples have none.
+        collectives: exchanges that wait for all ranks; 0 where nothing is sent.
     """
 
     sent: float
@@ -82,6 +84,12 @@ class Step:
     compute_s: float
     examples: int
     tokens: int
+    collectives: float = 0.0
+
+    @property
+    def is_small(self) -> bool:
+        """What is not calculated, such as the interpreter's and the optimiser's share, may be most of it."""
+        return self.least_s < SMALL_STEP_S
 
     @property
     def least_s(self) -> float:
@@ -190,16 +198,12 @@ def step_of(
     """Bytes, operations and seconds of a step."""
     share = math.ceil(job.batch_size / job.resources.workers)
     sent = bytes_per_step(job, size, places, accumulation)
-    messages = 1.0
-    if isinstance(job.strategy, ZeroSpec):
-        bucket = engine_config(job, size.trained, size.largest)["zero_optimization"]["reduce_bucket_size"]
-        messages = max(1.0, size.trained / bucket) * (accumulation if job.strategy.stage > 1 else 1)
-    elif places.transport == "process_group":
-        messages = max(1.0, size.trained * size.element_bytes / BUCKET_BYTES)
-    wire_s = wire_seconds(sent, places, links_of(places, cluster), messages)
+    calls = collectives_per_step(job, size, places, accumulation)
+    wire_s = wire_seconds(sent, places, links_of(places, cluster), calls / 2)
+    own_s = calls * DEEPSPEED_S if isinstance(job.strategy, ZeroSpec) else 0.0
     flops = share * example_flops(job, size)
     tokens = job.batch_size * (job.task.tokens_per_example or 0) if isinstance(job.task, TextBlock) else 0
-    return Step(sent, wire_s, flops, flops / machine.flops, job.batch_size, tokens)
+    return Step(sent, wire_s, flops, flops / machine.flops + own_s, job.batch_size, tokens, calls)
 
 
 def example_flops(job: JobSpec, size: Size) -> float:

@@ -69,6 +69,10 @@ class Size:
         """Elements of the largest tensor."""
         return max((prod(shape) for shape in self.shapes.values()), default=0)
 
+    def modules_above(self, limit: int) -> int:
+        """Modules that have a tensor of more elements themselves."""
+        return len({name.rpartition(".")[0] for name, shape in self.shapes.items() if prod(shape) > limit})
+
     def up_to(self, limit: int) -> int:
         """Elements in tensors of at most so many."""
         return sum(size for shape in self.shapes.values() if (size := prod(shape)) <= limit)

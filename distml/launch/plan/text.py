@@ -96,16 +96,18 @@ def _step(plan: Plan) -> Iterator[str]:
     passes = f", in {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
     what = f"{step.tokens:,} tokens" if step.tokens else f"{step.examples:,} examples"
     yield f"a step of {what}{passes}"
-    yield _row("each rank sends", byte_size(step.sent), seconds(step.wire_s))
+    calls = f" in {step.collectives:,.0f} collectives" if step.wire_s and step.collectives >= 1 else ""
+    yield _row("each rank sends", byte_size(step.sent), f"{seconds(step.wire_s)}{calls}")
     yield _row("each rank computes", operations(step.flops), f"{seconds(step.compute_s)} at {plan.machine.rate}")
-    rate = f"{step.tokens / step.most_s:,.0f} tokens/s at least" if step.tokens else ""
-    yield _row("takes", span(step.least_s, step.most_s), rate)
+    taken, bound = (step.least_s, "most") if step.is_small else (step.most_s, "least")
+    rate = f"{step.tokens / taken:,.0f} tokens/s at {bound}" if step.tokens else ""
+    yield _row("takes at least" if step.is_small else "takes", span(step.least_s, step.most_s), rate)
     if plan.hours is not None:
         least, most = (hours * plan.places.ranks for hours in plan.hours)
         price = plan.machine.price_per_hour
         cost = f"; {between(amount(least * price), amount(most * price))} in money" if price else ""
-        taken = span(*(3600 * hours for hours in plan.hours))
-        yield _row(f"{plan.steps:,} steps", taken, f"{worked(least, most, worker_name(plan))}{cost}")
+        whole = span(*(3600 * hours for hours in plan.hours))
+        yield _row(f"{plan.steps:,} steps", whole, f"{worked(least, most, worker_name(plan))}{cost}")
 
 
 def verdict(plan: Plan) -> str:
@@ -133,7 +135,7 @@ def condition(plan: Plan) -> str:
 def key_lines(plan: Plan) -> tuple[str, str]:
     """What a run says first: memory and whether it fits; bytes and seconds of a step."""
     step = plan.step
-    about = "about" if step.tokens else "at least"  # other tasks' operations are not known
+    about = "about" if step.tokens and not step.is_small else "at least"  # other tasks' operations are not known
     return (
         f"plan: {verdict(plan)}; states {binary_size(plan.memory.states.model_states)}",
         f"plan: each step sends {byte_size(step.sent)} per rank and takes {about} {span(step.least_s, step.most_s)}",

@@ -17,6 +17,15 @@ library's own way of reducing buckets may send more: these are what must be sent
 Compression replaces e by what an element takes: bf16 2, int8 1 + 4/1024, topk 6 of each element sent (a value and its
 place; sums of them are not sent, but every rank's to every other), powersgd the factors.
 
+A collective waits for its slowest message, however short: of small models these waits are most of the exchange. In a
+step there are, B being Ψ / reduce_bucket_size, A Ψ / allgather_bucket_size (rounded up) and M the modules with a tensor
+above stage3_param_persistence_threshold, which are gathered one by one:
+
+    all_reduce over a process group     2 eΨ / 25 MB, at least 2: a sum is a reduce-scatter and an all-gather
+    zero/1                              B + A, and two: of counts, of the gradients' norm
+    zero/2                              G B + A, and two
+    zero/3                              G (2 M + B), one for the tensors that stay gathered, and two
+
 A message of b bytes takes latency + b / bandwidth. A ring over N equal ranks of one node takes 2 (N-1) messages of an
 Nth each. Over several nodes: a reduce-scatter within each node; rings between the nodes, one for each of a node's ranks
 and its share; an all-gather within the nodes (as NCCL's hierarchical rings).
@@ -25,7 +34,7 @@ and its share; an all-gather within the nodes (as NCCL's hierarchical rings).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from distml.launch.plan.cluster import ClusterSpec, LinkSpec
 from distml.launch.plan.places import INLINE, Places
@@ -41,10 +50,14 @@ from distml.spec.schema import (
     TopKSpec,
 )
 from distml.spec.zero import ZeroSpec
+from distml.strategies.zero_config import engine_config
 
 MEMORY = LinkSpec(latency_us=50.0, gb_per_s=8.0)  # shared memory: a barrier; a copy of one core
 LOOPBACK = LinkSpec(latency_us=200.0, gb_per_s=1.0)  # gloo between processes of one host
 NVLINK_LATENCY_US = 5.0
+GROUP = "process_group"
+BUCKET_BYTES = 25e6  # of DDP, and roughly of what else is sent in pieces
+OF_A_STEP = 2  # collectives of zero besides those of weights and gradients
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,23 @@ def bytes_per_step(job: JobSpec, size: Size, places: Places, accumulation: int =
         pulled = 0 if shared else size.trained * size.element_bytes
         return float(whole + pulled)
     return (ranks - 1) * whole if isinstance(compression, TopKSpec) else 2 * ring * whole
+
+
+def collectives_per_step(job: JobSpec, size: Size, places: Places, accumulation: int = 1) -> float:
+    """Sums and gathers that all ranks wait for in one step."""
+    strategy = job.strategy
+    if places.ranks == 1:
+        return 0.0
+    if not isinstance(strategy, ZeroSpec):  # in pieces: DDP's buckets; a sum is two of what is counted here
+        pieces = max(1.0, size.trained * size.element_bytes / BUCKET_BYTES) if places.transport == GROUP else 1.0
+        return 2 * pieces / (strategy.inner_steps if isinstance(strategy, LocalSGDSpec) else 1)
+    block: dict[str, int] = engine_config(job, size.trained, size.largest)["zero_optimization"]
+    reduced = ceil(size.trained / block["reduce_bucket_size"])
+    if strategy.stage == 3:
+        gathered = size.modules_above(block["stage3_param_persistence_threshold"])
+        return accumulation * (2 * gathered + reduced) + 1 + OF_A_STEP
+    passes = accumulation if strategy.stage == 2 else 1
+    return passes * reduced + ceil(size.trained / block["allgather_bucket_size"]) + OF_A_STEP
 
 
 def payload_bytes(compression: CompressionSpec | None, size: Size) -> float:
