@@ -24,7 +24,8 @@ above stage3_param_persistence_threshold, which are gathered one by one:
     all_reduce over a process group     2 eΨ / 25 MB, at least 2: a sum is a reduce-scatter and an all-gather
     zero/1                              B + A, and two: of counts, of the gradients' norm
     zero/2                              G B + A, and two
-    zero/3                              G (2 M + B), one for the tensors that stay gathered, and two
+    zero/3                              G (2 M + B), one for the tensors that stay gathered, and two; fewer where
+                                        weights are used again before they are dropped (of 4 layers, G = 2: 42, not 77)
 
 A message of b bytes takes latency + b / bandwidth. A ring over N equal ranks of one node takes 2 (N-1) messages of an
 Nth each. Over several nodes: a reduce-scatter within each node; rings between the nodes, one for each of a node's ranks
