@@ -76,9 +76,9 @@ def test_served_and_reduced_agree(undisturbed):
 @pytest.mark.parametrize(
     ("name", "injection"),
     [
-        ("all_reduce", "kill:rank=1,step=34"),
+        pytest.param("all_reduce", "kill:rank=1,step=34", marks=pytest.mark.slow),
         ("all_reduce", "stop:rank=0,step=34"),
-        ("served", "kill:rank=0,step=34"),
+        pytest.param("served", "kill:rank=0,step=34", marks=pytest.mark.slow),
         ("served", "kill:server=1,step=34"),
     ],
 )

@@ -152,7 +152,9 @@ def test_prefetch_of_one_worker_is_the_same_on_ray(shared_ray, tmp_path):
     assert (result.metrics["staleness/max"], result.metrics["staleness/p50"]) == (1, 1)
 
 
-@pytest.mark.parametrize("injection", ["kill:rank=1,step=30", "kill:server=1,step=30"])
+@pytest.mark.parametrize(
+    "injection", [pytest.param("kill:rank=1,step=30", marks=pytest.mark.slow), "kill:server=1,step=30"]
+)
 def test_a_death_while_an_answer_is_under_way_hangs_nobody(injection, shared_ray, tmp_path):
     strategy = {**SERVED, "mode": "ssp", "max_staleness": 2, "prefetch": True}
     _, result = run(tmp_path / "run", strategy=strategy, inject=[injection], evaluate={"every": 40},

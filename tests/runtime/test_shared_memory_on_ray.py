@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("injection", "strategy"),
     [
-        ("kill:rank=1,step=34,at=gradients", "all_reduce"),
+        pytest.param("kill:rank=1,step=34,at=gradients", "all_reduce", marks=pytest.mark.slow),
         ("kill:rank=0,step=34,at=sums", "all_reduce"),
         ("kill:rank=1,step=34,at=weights", {"name": "parameter_server"}),
         pytest.param("stop:rank=0,step=34,at=sums", {"name": "parameter_server"}, marks=pytest.mark.slow),
