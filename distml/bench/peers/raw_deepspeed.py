@@ -57,6 +57,8 @@ def main(config: dict[str, object]) -> None:
         if rank == 0 and (step == 0 or (step + 1) % every == 0):
             with open(path, "a", encoding="ascii") as file:
                 file.write(f"{step + 1} {time.time()} {loss.item()}\n")
+    deepspeed.comm.barrier()  # whoever leaves first would break the others' connections while they still end
+    deepspeed.comm.destroy_process_group()
 
 
 if __name__ == "__main__":
