@@ -31,7 +31,8 @@ SPEC: dict[str, Any] = {
     "distml": "v1",
     "name": "bench-transformer",
     "task": {
-        "name": "language_model", "data": "stdlib", "tokenizer": "bytes", "block": BLOCK,
+        "name": "language_model", "data": {"path": "stdlib", "validation": 0.002, "test": 0.002}, "tokenizer": "bytes",
+        "block": BLOCK,
         "model": {"name": "gpt", "layers": LAYERS, "heads": HEADS, "width": WIDTH},
     },
     "strategy": "single",
