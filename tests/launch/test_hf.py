@@ -240,8 +240,14 @@ def test_zero_biases_of_theirs_are_no_loss(tmp_path):
     folder = tmp_path / "gpt2"
     folder.mkdir()
     settings = {"layers": 2, "heads": 4, "width": 32, "bias": False}
-    write_folder(build(**settings), None, folder)
-    start_weights(folder, job_with(settings, folder))
+    model = build(**settings)
+    write_folder(model, None, folder)
+    found = start_weights(folder, job_with(settings, folder))
+    own = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    assert all(np.array_equal(found[name], value) for name, value in own.items())
+    biases = [value for name, value in found.items() if name not in own and name.endswith(".bias")]
+    assert biases
+    assert not any(value.any() for value in biases)
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenisers

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from own.gradients import gradients
 from torch import nn
 from torch.nn import functional as F
 
@@ -161,12 +162,6 @@ def test_it_overfits_one_batch():
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < 0.1
-
-
-def gradients(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
-    torch.manual_seed(3)  # dropout's masks
-    loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
-    return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
 def test_checkpointed_activations_give_the_same_gradients():
