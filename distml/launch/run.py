@@ -27,6 +27,7 @@ from distml.launch import hf
 from distml.launch.plan.command import memory_advice
 from distml.launch.plan.running import plan_of_run
 from distml.launch.plan.text import key_lines
+from distml.population.context import OverContext, OverRun, has_begun
 from distml.runs.checkpoints import CheckpointStore, resolve_source
 from distml.runs.directory import Result as ResultRecord
 from distml.runs.directory import RunDirectory
@@ -37,9 +38,13 @@ from distml.spec.base import Block
 from distml.spec.deepspeed import notes
 from distml.spec.language_rules import RUN_TOKENIZER, TextTaskSpecs
 from distml.spec.loader import LoadedSpec, load_spec
+from distml.spec.nas import NasSpec
+from distml.spec.over_jobs import OverJobs
+from distml.spec.population import PopulationSpec
 from distml.spec.rl_rules import follows_workers
 from distml.spec.rllib import RLlibSpec
 from distml.spec.schema import JobSpec
+from distml.spec.sweep import SweepSpec
 from distml.tasks.text import open_text, pinned
 from distml.tasks.tokens import TOKENIZER
 
@@ -50,6 +55,7 @@ if TYPE_CHECKING:
     from distml.tasks.sources import SourceTree
 
 MAY_CHANGE = ("stop", "evaluate", "checkpoint", "log", "limits", "resources", "transport", "strategy", "inline")
+OVER_MAY_CHANGE = ("stop", "checkpoint", "limits", "max_concurrent", "trials", "retries")
 BUDGETS = ("steps", "examples", "epochs", "frames", "tokens", "seconds")
 EXIT_CODES = {"done": ExitCode.DONE, "goal_met": ExitCode.DONE, "goal_missed": ExitCode.GOAL_MISSED,
               "interrupted": ExitCode.INTERRUPTED, "failed": ExitCode.FAILED}  # fmt: skip
@@ -113,11 +119,12 @@ def run(
         RunError: the run failed later.
     """
     started = time.perf_counter()
-    loaded = load_spec(spec, overrides)
-    if isinstance(loaded.job, JobSpec):
-        loaded = replace(loaded, job=pinned(loaded.job))
+    loaded = with_pinned_text(load_spec(spec, overrides))
     job = loaded.job
-    if isinstance(job, RLlibSpec):
+    if isinstance(job, OverJobs):
+        where = runtime or "ray"
+        check_over_arguments(job, where, address)
+    elif isinstance(job, RLlibSpec):
         where = "ray"
         check_rllib_arguments(runtime, inject)
     else:
@@ -137,6 +144,9 @@ def run(
         sources = prepare_directory(directory, loaded, bool(resume), display)
         if isinstance(job, RLlibSpec):
             return drive_rllib(job, directory, sources, address, display, started, bool(resume))
+        if isinstance(job, OverJobs):
+            return drive_over(OverContext(loaded, directory, sources, where, address, display, started, tuple(inject)),
+                              bool(resume))  # fmt: skip
         group = make_group(loaded, sources, where, address, directory.path, tuple(inject))
         driver = Driver(job, directory, group, display, started, functools.partial(memory_advice, loaded))
         return drive(driver, bool(resume), where)
@@ -176,7 +186,37 @@ def drive_rllib(
     return _to_the_end(one, train)
 
 
-def _to_the_end(driver: Driver | RLlibRun, train: Callable[[], None]) -> Result:
+def drive_over(context: OverContext, resume: bool) -> Result:
+    """The same for a job over jobs."""
+    if context.where == "ray":
+        from distml.runtime.authentication import prepare_authentication
+
+        prepare_authentication(context.address)
+    job = context.loaded.job
+    one: OverRun
+    if isinstance(job, PopulationSpec):
+        from distml.population.run import PopulationRun
+
+        one = PopulationRun(context)
+    elif isinstance(job, SweepSpec):
+        from distml.adapters.tune import SweepRun
+
+        one = SweepRun(context)
+    else:
+        from distml.population.search import SearchRun
+
+        one = SearchRun(context)
+
+    def train() -> None:
+        one.build(resume)
+        transport = "members in one process (inline)" if context.where == "inline" else "members on Ray"
+        context.directory.write_environment(environment(context.where, transport, one.hosts))
+        one.train()
+
+    return _to_the_end(one, train)
+
+
+def _to_the_end(driver: Driver | RLlibRun | OverRun, train: Callable[[], None]) -> Result:
     """Run `train` under the driver's signals, and record how it ended."""
     directory, display = driver.directory, driver.display
     try:
@@ -219,7 +259,8 @@ def run_command(
 ) -> int:  # fmt: skip
     """The verb `run`; its exit code."""
     loaded = load_spec(spec, overrides)
-    budget = ", ".join(f"{value:g} {name}" for name, value in loaded.job.stop if name in BUDGETS and value)
+    stop = loaded.job.base.stop if isinstance(loaded.job, (SweepSpec, NasSpec)) else loaded.job.stop
+    budget = ", ".join(f"{value:g} {name}" for name, value in stop if name in BUDGETS and value)
     display = make_display(sys.stdout.isatty(), loaded.job.name, budget)
     if debug:
         os.environ["DISTML_DEBUG"] = "1"
@@ -242,6 +283,16 @@ def check_injections(inject: Sequence[str], job: JobSpec, runtime: str) -> None:
             raise UsageError(f"--inject {text}: needs processes to act on; add --runtime ray")
 
 
+def check_over_arguments(job: OverJobs, runtime: str, address: str | None) -> None:
+    """Refuse runtimes that a job over jobs does not have."""
+    if runtime != "inline":
+        return
+    if isinstance(job, SweepSpec):
+        raise UsageError("--runtime inline: a sweep runs on Ray Tune; leave it out")
+    if address is not None:
+        raise UsageError("--address names a Ray cluster; it needs --runtime ray")
+
+
 def check_rllib_arguments(runtime: str | None, inject: Sequence[str]) -> None:
     """Refuse what RLlib cannot do."""
     if runtime == "inline":
@@ -259,7 +310,8 @@ def check_resume(
         UsageError: the spec was changed where a run that has checkpoints may not change.
     """
     text = directory.read_spec_text()
-    steps = CheckpointStore(directory.checkpoints, 1).steps()
+    over = isinstance(loaded.job, OverJobs)
+    steps = has_begun(directory) if over else bool(CheckpointStore(directory.checkpoints, 1).steps())
     if earlier is None or text is None or not (steps or (earlier.status in EXIT_CODES and earlier.step)):
         return False
     before = load_spec_text(text, directory.path)
@@ -267,7 +319,10 @@ def check_resume(
         raise UsageError(f"{directory.path} holds a run of kind {before.job.kind}; use --out DIR for a new run, "
                          "or --fresh to move the old one away")  # fmt: skip
     changed = changes(before.job, loaded.job)
-    allowed = (*MAY_CHANGE, "batch_size") if follows_workers(loaded.job) else MAY_CHANGE
+    if over:
+        allowed: tuple[str, ...] = OVER_MAY_CHANGE
+    else:
+        allowed = (*MAY_CHANGE, "batch_size") if follows_workers(loaded.job) else MAY_CHANGE
     forbidden = [line for key, line in changed if key not in allowed]
     if forbidden:
         init = f", or init: {{from: {directory.path}}} to start from its weights" if loaded.job.kind == "train" else ""
@@ -275,13 +330,15 @@ def check_resume(
             f"{directory.path} holds a run of another spec ({'; '.join(forbidden[:3])}); use --out DIR for a new run, "
             f"--fresh to move the old one away{init}"
         )
-    if earlier.status in ("done", "goal_met", "goal_missed") and not any(key == "stop" for key, _ in changed):
+    if earlier.status in ("done", "goal_met", "goal_missed") and not any(
+        key in ("stop", "trials") for key, _ in changed
+    ):
         return None
     if earlier.status == "running":
         display.note(f"the previous run here (process {earlier.pid} on {earlier.host}) ended without finishing")
     for _, line in changed:
         display.note(f"changed: {line}")
-    return bool(steps)
+    return steps
 
 
 def load_spec_text(text: str, directory: Path) -> LoadedSpec[Any]:
@@ -312,7 +369,7 @@ def prepare_directory(directory: RunDirectory, loaded: LoadedSpec, resume: bool,
     """Write the resolved spec, with a user's own task beside it, so that the directory runs as it is."""
     from distml.tasks.sources import SourceTree
 
-    job: JobSpec | RLlibSpec = loaded.job
+    job: JobSpec | RLlibSpec = loaded.job.base if isinstance(loaded.job, OverJobs) else loaded.job
     acting = job if isinstance(job, RLlibSpec) else job.task
     sources = SourceTree.collect(acting, loaded.directory)
     for name, text in sources.files.items():
@@ -352,6 +409,15 @@ def make_group(
     from distml.runtime.ray import RayRuntime
 
     return RayRuntime(loaded.job, sources, address, directory, inject)
+
+
+def with_pinned_text(loaded: LoadedSpec[Any]) -> LoadedSpec[Any]:
+    """With the digest of the text that a job, or the base of one, is about."""
+    if isinstance(loaded.job, OverJobs):
+        assert loaded.base is not None
+        base = replace(loaded.base, job=pinned(loaded.base.job))
+        return replace(loaded, job=loaded.job.model_copy(update={"base": base.job}), base=base)
+    return replace(loaded, job=pinned(loaded.job)) if isinstance(loaded.job, JobSpec) else loaded
 
 
 def start_weights(job: JobSpec) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
@@ -17,17 +17,24 @@ from distml.spec.blocks import expand
 from distml.spec.jobs import find_job
 from distml.spec.language_rules import complete_text
 from distml.spec.messages import Problem, describe, near, problems_of, shorten
+from distml.spec.nas import NasSpec
+from distml.spec.over_jobs import OverJobs
 from distml.spec.overrides import apply_overrides
 from distml.spec.own_task import find_own, find_own_task, own_names
+from distml.spec.population import PopulationSpec
 from distml.spec.rl_rules import complete
 from distml.spec.rllib import RLlibSpec, check_rllib, find_recorded
 from distml.spec.rules import check_rules
 from distml.spec.schema import JobSpec, OwnTaskSpec
+from distml.spec.search_rules import check_search
+from distml.spec.sweep import SweepSpec
 from distml.spec.yaml import Document, KeyPath, Position, dump, parse, plain
 from distml.spec.zero_rules import complete as complete_zero
 
 J = TypeVar("J", bound=Block, covariant=True, default=JobSpec)
-KINDS: dict[str, type[Block]] = {"train": JobSpec, "rllib": RLlibSpec}
+KINDS: dict[str, type[Block]] = {
+    "train": JobSpec, "population": PopulationSpec, "sweep": SweepSpec, "nas": NasSpec, "rllib": RLlibSpec,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,13 @@ class LoadedSpec(Generic[J]):
         job: the job, of the class that `KINDS` has for its kind.
         path: its file; None for a dict.
         directory: where the file of a user's own task is looked up.
+        base: of a job over jobs: the training job.
     """
 
     job: J
     path: Path | None
     directory: Path
+    base: LoadedSpec[JobSpec] | None = None
 
     @property
     def summary(self) -> str:
@@ -50,6 +59,8 @@ class LoadedSpec(Generic[J]):
         job: Block = self.job
         if isinstance(job, RLlibSpec):
             return f"{job.name}, {job.algorithm} of RLlib, {job.environment.id}"
+        if isinstance(job, OverJobs):
+            return f"{job.name}, {getattr(job, 'kind')} of {job.base.task.name}, {job.base.strategy.label}"  # noqa: B009
         assert isinstance(job, JobSpec)
         return f"{job.name}, {job.task.name}, {job.strategy.label}"
 
@@ -83,10 +94,12 @@ def load_spec(
     if directory is None:
         directory = Path.cwd() if path is None else path.parent
     root = KINDS.get(str(document.data.get("kind")), JobSpec)
+    home = _take_base(document, root, directory) or directory
     document.data = expand(document.data, root)
     apply_overrides(document, overrides, root)
     _check_kind(document)
     root = KINDS[document.data.get("kind", "train")]
+    home = _take_base(document, root, directory) or home
     document.data = expand(document.data, root)  # once more, for an override of the kind
     try:
         job = root.model_validate(document.data, by_alias=True, by_name=False)
@@ -94,6 +107,8 @@ def load_spec(
         raise first_error(problems_of(error, root), document) from None
     if isinstance(job, RLlibSpec):
         return LoadedSpec(_checked_rllib(job, directory, document), path, directory)
+    if isinstance(job, OverJobs):
+        return _checked_over(job, document, path, home)
     assert isinstance(job, JobSpec)
     return LoadedSpec(_checked_train(job, directory, document), path, directory)
 
@@ -114,6 +129,56 @@ def load_train(
         where = "the spec" if isinstance(source, Mapping) else os.fspath(source)
         raise UsageError(f"{where} is a job of kind {loaded.job.kind}; this works with jobs of kind train only")
     return loaded
+
+
+def _take_base(document: Document, root: type[Block], directory: Path) -> Path | None:
+    """Put the base in its place where a job over jobs names a file, and complete one that is written as a block.
+
+    Returns:
+        The directory of the base's file; None: it is no file.
+    """
+    base = document.data.get("base")
+    if not issubclass(root, OverJobs) or base is None:
+        return None
+    if isinstance(base, dict):
+        named = {"distml": document.data.get("distml"), "name": document.data.get("name")}
+        document.data["base"] = {**{key: value for key, value in named.items() if value is not None}, **base}
+        return None
+    start = document.where(("base",))
+    if not isinstance(base, str):
+        raise start.error(f"base must be a training job: a block, a file or a shipped job's name; got {describe(base)}")
+    beside = directory / base
+    try:
+        found = load_train(beside if beside.is_file() else base)
+    except UsageError as error:
+        raise start.error(f"base: {error}") from None
+    document.data["base"] = found.job.model_dump(mode="python", by_alias=True)
+    return found.directory
+
+
+def _checked_over(job: OverJobs, document: Document, path: Path | None, directory: Path) -> LoadedSpec[Any]:
+    """A job over jobs whose base and space are checked; `directory` is the base's."""
+    base = LoadedSpec(_checked_train(job.base, directory, document.below("base")), path, directory)
+    job = job.model_copy(update={"base": base.job})
+    problems = check_search(job, lambda values: with_values(base, values))
+    if problems:
+        raise first_error(problems, document)
+    return LoadedSpec(job, path, directory, base)
+
+
+def with_values(base: LoadedSpec[JobSpec], values: Mapping[str, Any], **changes: Any) -> LoadedSpec[JobSpec]:
+    """The base with other values at some of its paths.
+
+    Args:
+        values: by dotted path, as a search proposes them.
+        changes: whole top-level keys besides.
+
+    Raises:
+        UsageError: a path does not exist, or a value may not stand there; without a file's name.
+    """
+    data = {**base.job.model_dump(mode="python", by_alias=True), **changes}
+    loaded = load_train(data, values, directory=base.directory)
+    return replace(loaded, path=base.path)
 
 
 def _checked_rllib(job: RLlibSpec, directory: Path, document: Document) -> RLlibSpec:

@@ -72,6 +72,13 @@ class Document:
             path = path[:-1]
         return self.start
 
+    def below(self, key: str) -> Document:
+        """The block at a top-level key as a document of its own."""
+        start = self.where((key,))
+        keys, values = ({path[1:]: place for path, place in places.items() if path[0] == key and len(path) > 1}
+                        for places in (self.keys, self.values))  # fmt: skip
+        return Document(self.data[key], start, keys, values)
+
     def forget(self, path: KeyPath) -> None:
         """Drop the positions at and below `path`, whose value is being replaced."""
         for places in (self.keys, self.values):

@@ -66,7 +66,7 @@ BAD = {
     "mode": ("strategy: {name: parameter_server, mode: asinc}", "5:42", "did you mean 'async'?"),
     "goal on the training loss": ("checkpoint: {best: train/loss}", "5:20", "must start with eval/"),
     "two wrong": ("seed: x\nbatch_size: y", "5:7", "got the string 'x' (and 1 more)"),
-    "kind that is none": ("kind: population\nmembers: 4", "5:7", "kind 'population' does not work; kinds that work: train"),
+    "kind that is none": ("kind: swep", "5:7", "kind 'swep' does not work; did you mean 'sweep'? kinds that work: train"),
     "kind of no string": ("kind: [1]", "5:7", "kinds that work: train"),
 }  # fmt: skip
 
