@@ -54,8 +54,8 @@ class Advanced:
         metrics: the last value of each metric, with `eval/…` of an evaluation at this very step.
         rows: what belongs into its metrics.jsonl since the last answer.
         finished: why its own run is over (a budget, "goal", "patience"), or None.
-        state: handle of its whole state (a `Cut`) at this step, kept until the next answer or `release`; None: it was
-            not asked to keep it.
+        state: handle of its whole state (a `Cut`) at this step; None: it was not asked to keep it. The state stays as
+            long as somebody refers to the handle, whatever the member does meanwhile, or until its process dies.
         seconds: of training, all in all.
     """
 
@@ -75,11 +75,13 @@ class Copied:
     Attributes:
         applied: path -> value as it is *read back* from the live optimiser, loss or loop after loading.
         seconds: what it took.
+        state: handle of its whole state after both, as in `Advanced`; None: it was not asked to keep it.
     """
 
     member: str
     applied: Mapping[str, Any]
     seconds: float
+    state: Handle | None = None
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,14 @@ class Host(Protocol):
         """
         ...
 
-    def copy(self, member: str, state: Handle, job: JobSpec) -> None:
+    def copy(self, member: str, state: Handle, job: JobSpec, keep: bool = False) -> None:
         """Take the shared half (weights, moments, carried tensors) of another member's state, *then* `job`'s values.
 
-        The member keeps its own budget, stream and random state. Answered by `Copied`.
+        The member keeps its own budget, stream and random state. Answered by `Copied`; by `Gone` also where the state
+        was lost with the process that had it.
+
+        Args:
+            keep: keep a copy of the whole state after both, for `Copied.state`.
         """
         ...
 
@@ -143,7 +149,7 @@ class Host(Protocol):
         ...
 
     def fetch(self, state: Handle) -> Cut:
-        """A state, here.
+        """A state, here; may be called on another thread than the rest.
 
         Raises:
             LookupError: it was lost with the process that had it.
