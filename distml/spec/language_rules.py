@@ -50,9 +50,9 @@ def complete_text(job: JobSpec, directory: Path, written: Mapping[str, Any]) -> 
     data, tokenizer = task.data, task.tokenizer
     problems: list[Problem] = []
     if data.path != STDLIB:
-        data = data.model_copy(update={"path": _absolute(data.path, directory)})
+        data = data.model_copy(update={"path": absolute(data.path, directory)})
     if isinstance(tokenizer, TokenizerFileSpec):
-        tokenizer = tokenizer.model_copy(update={"path": _absolute(tokenizer.path, directory)})
+        tokenizer = tokenizer.model_copy(update={"path": absolute(tokenizer.path, directory)})
     if is_token_folder(Path(data.path)):
         problems += _check_token_folder(data)
         own = TokenizerFileSpec(name="file", path=str(Path(data.path) / RUN_TOKENIZER))
@@ -67,7 +67,7 @@ def complete_text(job: JobSpec, directory: Path, written: Mapping[str, Any]) -> 
     return job, problems
 
 
-def _absolute(path: str, directory: Path) -> str:
+def absolute(path: str, directory: Path) -> str:
     """A path beside the spec; one that is not there but in the current directory, as `--set` may name it: that."""
     beside, here = (directory / path).absolute(), Path(path).absolute()
     return str(here if here.exists() and not beside.exists() else beside)

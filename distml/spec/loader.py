@@ -14,6 +14,7 @@ from typing_extensions import TypeVar
 from distml.errors import UsageError
 from distml.spec.base import Block
 from distml.spec.blocks import expand
+from distml.spec.image_rules import complete_images
 from distml.spec.jobs import find_job
 from distml.spec.language_rules import complete_text
 from distml.spec.messages import Problem, describe, near, problems_of, shorten
@@ -200,6 +201,7 @@ def _checked_train(job: JobSpec, directory: Path, document: Document) -> JobSpec
     job, problems = complete_zero(job, lambda path: document.where(path) if is_written(document.data, path) else None)
     job, more = complete(job, "batch_size" in job.model_fields_set)
     problems += more
+    job = complete_images(job, directory)
     job, missing = complete_text(job, directory, document.data["task"])
     problems += missing
     problems += check_rules(job, needs)

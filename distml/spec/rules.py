@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator
 
 from distml.spec.base import StrategyBlock
+from distml.spec.image_rules import check_images
 from distml.spec.language_rules import TextTaskSpecs, check_text, task_tokens
 from distml.spec.matrix import refusal
 from distml.spec.messages import Problem
 from distml.spec.rl import ActingBlock
 from distml.spec.rl_rules import check_acting, check_bandit
 from distml.spec.schema import (
+    ClassificationSpec,
     JobSpec,
     OwnTaskSpec,
     ParameterServerSpec,
@@ -54,6 +56,8 @@ def check_rules(job: JobSpec, own_needs: frozenset[str] | None = None) -> Iterat
         yield from check_bandit(job, job.task)
     if isinstance(job.task, TextTaskSpecs):
         yield from check_text(job.task)
+    if isinstance(job.task, ClassificationSpec):
+        yield from check_images(job.task)
 
 
 def _strategy(job: JobSpec) -> Iterator[Problem]:

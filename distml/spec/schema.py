@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from distml.spec.architectures import NasNetSpec, StagesSpec
 from distml.spec.base import (
     ALL_OFFERS,
     OWN,
@@ -48,14 +49,21 @@ class CNNSpec(Block):
     dropout: Fraction = Field(0.0, description="share of hidden units dropped in training")
 
 
+ImageModelSpec = Annotated[MLPSpec | CNNSpec | NasNetSpec | StagesSpec, Field(discriminator="name")]
+
+
 class ClassificationSpec(TaskBlock):
     """Cross-entropy on labelled images."""
 
-    summary: ClassVar[str] = "cross-entropy on labelled images (data: digits)"
+    summary: ClassVar[str] = "cross-entropy on labelled images (data: digits, cifar10)"
 
     name: Literal["classification"]
-    data: Literal["digits"] = Field("digits", description="digits: scikit-learn's 1,797 scans of 8 x 8, 10 classes")
-    model: Annotated[MLPSpec | CNNSpec, Field(discriminator="name")] = MLPSpec(name="mlp")
+    data: Literal["digits", "cifar10"] = Field(
+        "digits",
+        description="digits: scikit-learn's 1,797 scans of 8 x 8, 10 classes; cifar10: 60,000 photographs of 32 x 32",
+    )
+    path: str | None = Field(None, description="cifar10: the folder of its binary version; relative to the spec")
+    model: ImageModelSpec = MLPSpec(name="mlp")
 
 
 class RegressionSpec(TaskBlock):

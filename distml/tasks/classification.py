@@ -1,12 +1,14 @@
 """`task: classification`: cross-entropy on labelled images.
 
-Shapes: B examples, K classes; images [B, 8, 8] float32 in [0, 1], labels [B] int64.
+Shapes: B examples, K classes; labels [B] int64. Images are float32: digits [B, 8, 8] in [0, 1], cifar10
+[B, 3, 32, 32], normalised per channel.
 """
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
+import math
 from functools import cache
 from pathlib import Path
 
@@ -14,26 +16,45 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distml.spec.schema import CNNSpec, MLPSpec
+from distml.spec.architectures import NasNetSpec, StagesSpec
+from distml.spec.schema import CNNSpec, ImageModelSpec
 from distml.tasks.base import Loss, Mean, Part, Progress, Task
+from distml.tasks.data import Dataset
 from distml.tasks.models import CNN, MLP
 
 Examples = tuple[Tensor, Tensor]
+SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}  # channels, height, width
+CLASSES = 10
 
 
 class Classification(Task):
-    """Cross-entropy, accuracy in evaluation; three splits of 60, 20 and 20 %, cut once by `split_seed`."""
+    """Cross-entropy, accuracy in evaluation; three splits, cut once by `split_seed`: of digits 60, 20 and 20 %."""
 
-    def __init__(self, data: str, model: MLPSpec | CNNSpec, split_seed: int = 0) -> None:
-        self.name, self.model_spec, self.split_seed = data, model, split_seed
+    def __init__(self, data: str, model: ImageModelSpec, split_seed: int = 0, path: str | None = None) -> None:
+        self.name, self.model_spec, self.split_seed, self.path = data, model, split_seed, path
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return SHAPES[self.name]
 
     def build_model(self) -> nn.Module:
         spec = self.model_spec
         if isinstance(spec, CNNSpec):
-            return CNN((8, 8), spec.channels, spec.hidden, 10, spec.dropout)
-        return MLP(64, spec.hidden, 10, spec.dropout)
+            return CNN(self.image, spec.channels, spec.hidden, CLASSES, spec.dropout)
+        if isinstance(spec, NasNetSpec | StagesSpec):
+            from distml.tasks.architectures import NasNet, Stages
 
-    def data(self, split: str) -> Examples:
+            return (
+                NasNet(spec, self.image, CLASSES) if isinstance(spec, NasNetSpec) else Stages(spec, self.image, CLASSES)
+            )
+        return MLP(math.prod(self.image), spec.hidden, CLASSES, spec.dropout)
+
+    def data(self, split: str) -> Dataset:
+        if self.name == "cifar10":
+            from distml.tasks.cifar import load_cifar10
+
+            return load_cifar10(Path(self.path or ""), self.split_seed)[split]
         return splits(load_digits, self.split_seed)[split]
 
     def loss(self, model: nn.Module, batch: Examples, progress: Progress) -> Loss:

@@ -28,23 +28,28 @@ class MLP(nn.Module):
         return logits
 
 
+def with_channels(images: Tensor) -> Tensor:
+    """[B, C, height, width]; images without a dimension of channels have one."""
+    return images if images.dim() == 4 else images.unsqueeze(1)
+
+
 class CNN(nn.Module):
-    """3 x 3 convolutions, each halving the image, then one hidden layer: [B, height, width] -> [B, K]."""
+    """3 x 3 convolutions, each halving the image, then one hidden layer: [B, (C,) height, width] -> [B, K]."""
 
     def __init__(
-        self, image: tuple[int, int], channels: Sequence[int], hidden: int, outputs: int, dropout: float = 0.0
+        self, image: tuple[int, int, int], channels: Sequence[int], hidden: int, outputs: int, dropout: float = 0.0
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        before = 1
+        before = image[0]
         for after in channels:
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
             before = after
         self.features = nn.Sequential(*layers)
-        area = math.prod(side // 2 ** len(channels) for side in image)
+        area = math.prod(side // 2 ** len(channels) for side in image[1:])
         self.head = MLP(before * area, [hidden], outputs, dropout)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K]."""
-        logits: Tensor = self.head(self.features(images.unsqueeze(1)))
+        logits: Tensor = self.head(self.features(with_channels(images)))
         return logits

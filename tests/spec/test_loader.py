@@ -100,7 +100,7 @@ WHOLE = {
     "data": (
         HEAD + "task: {name: classification, data: mnist}\nstop: {steps: 1}\n",
         "3:36",
-        "task.data must be 'digits', got the string 'mnist'",
+        "task.data must be one of digits, cifar10, got the string 'mnist'",
     ),
     "no stop": (HEAD + "task: regression\n", "1:1", "the key 'stop' is missing; add it"),
     "misspelt, so missing": ("distml: v1\nname: x\ntask: regression\nstpo: {steps: 1}\n", "4:1", "did you mean 'stop'? (and 1 more)"),
