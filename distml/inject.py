@@ -1,6 +1,7 @@
 """Failures on purpose: `--inject kill:rank=1,step=50` gives users the injector of the tests.
 
-kill:rank=R,step=S      SIGKILL the process of worker R when it reaches step S (server=K for a server)
+kill:rank=R,step=S      SIGKILL the process of worker R when it reaches step S (server=K for a server, member=M for a
+                        population's member, whose rank 0 it then is)
 stop:rank=R,step=S      SIGSTOP it: it lives but no longer answers
 nan:rank=R,step=S       its loss is NaN at that step
 slow:rank=R,step=S      from that step on it sleeps 50 ms per step
@@ -15,12 +16,14 @@ import os
 import re
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distml.errors import UsageError
 
 ACTIONS = ("kill", "stop", "nan", "slow")
+ROLES = ("rank", "server", "member")
 STAGES = (
     "gradients",  # synchronous: its gradients are written, the others do not know yet
     "sums",  # its shard is in part updated
@@ -51,14 +54,15 @@ class Injection:
         Raises:
             UsageError: it has another form.
         """
-        match = re.fullmatch(r"(\w+):(rank|server)=(\d+),step=(\d+)(?:,at=(\w+))?", text.strip())
+        match = re.fullmatch(rf"(\w+):({'|'.join(ROLES)})=(\d+),step=(\d+)(?:,at=(\w+))?", text.strip())
         if match is None or match[1] not in ACTIONS:
             raise UsageError(
                 f"--inject {text}: expected {'|'.join(ACTIONS)} as in 'kill:rank=1,step=50' or 'kill:server=0,step=50'"
+                "; of a population 'kill:member=3,step=40'"
             )
         if match[2] == "server" and match[1] == "nan":
             raise UsageError(f"--inject {text}: servers compute no loss; use nan:rank=...")
-        if match[5] is not None and (match[2] == "server" or match[1] not in ("kill", "stop")):
+        if match[5] is not None and (match[2] != "rank" or match[1] not in ("kill", "stop")):
             raise UsageError(f"--inject {text}: at=... is for kill:rank=... and stop:rank=...")
         if match[5] not in (None, *STAGES):
             raise UsageError(f"--inject {text}: unknown stage {match[5]!r}; stages are {', '.join(STAGES)}")
@@ -70,6 +74,13 @@ class Injection:
 
     def __str__(self) -> str:
         return f"{self.action}:{self.role}={self.index},step={self.step}" + (f",at={self.stage}" if self.stage else "")
+
+
+def of_member(injections: Sequence[str], index: int) -> tuple[str, ...]:
+    """What is meant for member `index` of a population, as its own rank 0 knows it."""
+    parsed = [Injection.parse(text) for text in injections]
+    own = [one for one in parsed if (one.role, one.index) == ("member", index)]
+    return tuple(str(replace(one, role="rank", index=0)) for one in own)
 
 
 class Injector:
@@ -100,5 +111,5 @@ class Injector:
         """The loss, or the error that a NaN would be, where `nan` is meant for this step."""
         for one in self.own:
             if one.action == "nan" and step >= one.step:
-                raise ValueError(f"loss is nan (injected by {one})")
+                raise FloatingPointError(f"loss is nan (injected by {one})")
         return loss

@@ -123,7 +123,7 @@ def run(
     job = loaded.job
     if isinstance(job, OverJobs):
         where = runtime or "ray"
-        check_over_arguments(job, where, address)
+        check_over_arguments(job, where, address, inject)
     elif isinstance(job, RLlibSpec):
         where = "ray"
         check_rllib_arguments(runtime, inject)
@@ -276,6 +276,8 @@ def check_injections(inject: Sequence[str], job: JobSpec, runtime: str) -> None:
     servers = getattr(job.strategy, "servers", 0)
     for text in inject:
         one = Injection.parse(text)
+        if one.role == "member":
+            raise UsageError(f"--inject {text}: a job of kind train has no members; use rank=")
         limit = job.resources.workers if one.role == "rank" else servers
         if one.index >= limit:
             raise UsageError(f"--inject {text}: there is no {one.role} {one.index}; this job has {limit}")
@@ -283,8 +285,17 @@ def check_injections(inject: Sequence[str], job: JobSpec, runtime: str) -> None:
             raise UsageError(f"--inject {text}: needs processes to act on; add --runtime ray")
 
 
-def check_over_arguments(job: OverJobs, runtime: str, address: str | None) -> None:
-    """Refuse runtimes that a job over jobs does not have."""
+def check_over_arguments(job: OverJobs, runtime: str, address: str | None, inject: Sequence[str]) -> None:
+    """Refuse runtimes that a job over jobs does not have, and injections that name nobody."""
+    for text in inject:
+        one = Injection.parse(text)
+        if not isinstance(job, PopulationSpec) or one.role != "member":
+            raise UsageError(f"--inject {text}: of jobs over jobs only a population's members can be made to fail, "
+                             "as in kill:member=3,step=40")  # fmt: skip
+        if one.index >= job.members:
+            raise UsageError(f"--inject {text}: there is no member {one.index}; this population has {job.members}")
+        if runtime == "inline" and one.action in ("kill", "stop"):
+            raise UsageError(f"--inject {text}: needs processes to act on; add --runtime ray")
     if runtime != "inline":
         return
     if isinstance(job, SweepSpec):
