@@ -99,13 +99,18 @@ class Finished:
 
 @dataclass
 class Failed:
-    """The user's code or data failed; a restart would fail again."""
+    """The user's code or data failed; a restart would fail again.
+
+    Attributes:
+        not_finite: its loss or weights are NaN or infinite.
+    """
 
     rank: int
     version: int
     phase: str
     message: str
     traceback: str
+    not_finite: bool = False
 
 
 @dataclass

@@ -33,7 +33,7 @@ from distml.runs.checkpoints import ranks_folder_name
 from distml.runs.parts import MODEL, PartReader, Piece, write_part
 from distml.spec.schema import JobSpec
 from distml.strategies.agenda import crossed
-from distml.strategies.base import Meter, seed_everything
+from distml.strategies.base import BadLossError, Meter, seed_everything
 from distml.strategies.build import build_strategy
 from distml.tasks.base import Mean, Part, Stream, Task, as_means
 from distml.tasks.build import describe
@@ -80,6 +80,7 @@ class Trainer:
         self.has_updated = False
         self.speaks = False  # whether this worker's evaluations and shared state are the ones that count
         self.parts_in: tuple[Path, str] | None = None
+        self.hands_over = True  # its state when a checkpoint is due; False: who holds it takes it whenever he wants
 
     @property
     def activity(self) -> str:
@@ -124,6 +125,15 @@ class Trainer:
             return stream, None
         check_dataset(dataset, "train")
         return DatasetStream(dataset, job.seed, job.batch_size, self.rank, self.world_size), length(dataset)
+
+    def begin_stream_anew(self) -> None:
+        """What a stream does at a checkpoint whose position cannot be saved exactly."""
+        self.stream, _ = self._build_stream()
+
+    def retune(self, job: JobSpec) -> None:
+        """Go on with another optimiser's block; the rest of `job` is as before. Between two calls of `advance`."""
+        self.strategy.retune(job)
+        self.job = job
 
     def _dataset(self, split: str) -> Dataset:
         """The task's data of a split, asked for once, under the run's seed: it may be drawn or loaded at length."""
@@ -201,7 +211,7 @@ class Trainer:
         if "evaluate" in duties or "checkpoint" in duties:
             self.activity = "exchange"
             strategy.average_carried()
-        if strategy.agenda.captures(duties):
+        if self.hands_over and strategy.agenda.captures(duties):
             self.activity = "checkpoint"
             yield self._snapshot("checkpoint" in duties, "evaluate" in duties)
         if "evaluate" in duties:
@@ -213,7 +223,7 @@ class Trainer:
                 yield Evaluated(self.rank, version, metrics, time.perf_counter() - started, strategy.finished)
         if "checkpoint" in duties and strategy.finished is None and self.stream.state() is None:
             self.activity = "stream"  # not before: its environments may fail, and the checkpoint is due
-            self.stream, _ = self._build_stream()
+            self.begin_stream_anew()
         if "evaluate" in duties and not synchronous and strategy.finished is None:
             yield from self._rejoin()
         strategy.mark()
@@ -383,7 +393,8 @@ def failure(trainer: Trainer, error: Exception) -> Failed:
     """A worker's exception as an event that names rank, phase and step."""
     text = "".join(traceback.format_exception(error))
     version = trainer.strategy.progress.version
-    return Failed(trainer.rank, version, trainer.activity, describe(error), text)
+    not_finite = isinstance(error, (BadLossError, FloatingPointError))
+    return Failed(trainer.rank, version, trainer.activity, describe(error), text, not_finite)
 
 
 def savable(tree: Any, place: str) -> Any:

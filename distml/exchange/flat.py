@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -282,6 +283,13 @@ def to_numpy(tensor: Tensor) -> Array:
     tensor = tensor.detach().cpu()
     array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
+
+
+def borrowed(array: Array) -> Tensor:
+    """A tensor in the array's own memory, for reading: Ray's is shared, and is not to be written to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
 
 
 def from_numpy(array: Array) -> Tensor:

@@ -12,6 +12,7 @@ from distml.spec.schema import JobSpec
 
 SNAPSHOT_EVERY = 10
 SNAPSHOT_AFTER_S = 0.5  # asynchronous workers: no sooner, however fast their steps are
+PAUSED = "paused"  # why a run is over that is to go on: whoever drives it wants to look at it at this version
 
 
 def crossed(previous: int, version: int, every: int) -> bool:
@@ -41,6 +42,11 @@ class Spent:
         return cls(int(clock["version"]), int(clock["examples"]), int(clock.get("frames", 0)))
 
 
+def stronger(reason: str | None, judged: str | None) -> str | None:
+    """Why a run is over by a budget (or a pause) and by an evaluation's verdict: a goal counts more than a budget."""
+    return judged if judged is not None and (judged == "goal" or reason in (None, PAUSED)) else reason
+
+
 class Agenda:
     """The stop rule, the verdict over evaluations, and the duties of a version.
 
@@ -49,13 +55,14 @@ class Agenda:
         updates_per_round: updates per `batch_size` examples: 1, or the number of workers under async and ssp.
         dataset_size: examples of the training split, where it is known (for `stop.epochs`).
         snapshot_every: steps between snapshots for recovery; None: only checkpoints.
+        until: the version at which the run ends for now, as `PAUSED`; None: it does not.
     """
 
     def __init__(
         self, job: JobSpec, *, updates_per_round: int = 1, dataset_size: int | None = None,
-        snapshot_every: int | None = None,
+        snapshot_every: int | None = None, until: int | None = None,
     ) -> None:  # fmt: skip
-        self.job, self.snapshot_every = job, snapshot_every
+        self.job, self.snapshot_every, self.until = job, snapshot_every, until
         stop = job.stop
         epochs = math.ceil(stop.epochs * dataset_size) if stop.epochs and dataset_size else None
         per_example = task_tokens(job.task)
@@ -82,12 +89,12 @@ class Agenda:
             return "frames"
         if self.job.stop.seconds is not None and spent.seconds >= self.job.stop.seconds:
             return "seconds"
-        return None
+        return PAUSED if self.until is not None and spent.version >= self.until else None
 
     def over(self, spent: Spent) -> str | None:
         """Why a run that goes on from here has nothing left to do, or None."""
         judged = self._verdict() if self.evaluations and self.evaluations[-1][0] == spent.version else None
-        return judged if judged == "goal" else self.spent(spent) or judged
+        return stronger(self.spent(spent), judged)
 
     def fraction(self, spent: Spent) -> float:
         """Share of the budget used, 0 to 1."""

@@ -30,8 +30,8 @@ from distml.errors import UsageError
 from distml.exchange.channel import Channel, Group
 from distml.exchange.flat import FRAMES, ROWS, VOTE, Carried, from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
-from distml.spec.schema import JobSpec
-from distml.strategies.agenda import Agenda, Spent, crossed
+from distml.spec.schema import JobSpec, OptimizerSpec
+from distml.strategies.agenda import Agenda, Spent, crossed, stronger
 from distml.strategies.optimizer import schedule_factor
 from distml.tasks.base import Loss, Mean, Progress, Task, as_loss
 from distml.tasks.data import Batch, num_rows
@@ -366,8 +366,7 @@ class Strategy(ABC):
 
     def judge(self, metrics: dict[str, float]) -> None:
         """Take an evaluation of the current version into account; may finish the run."""
-        verdict = self.agenda.judge(self.progress.version, metrics)
-        self.finished = verdict if verdict == "goal" else self.finished or verdict
+        self.finished = stronger(self.finished, self.agenda.judge(self.progress.version, metrics))
 
     def rejoin(self) -> None:  # noqa: B027
         """Take part again after an evaluation, where others went on meanwhile."""
@@ -431,6 +430,19 @@ class Strategy(ABC):
         self._count = self._rows = self._frames = 0.0
         spent = Spent.of(clock)
         self._advance(spent, self.agenda.over(spent), ())
+
+    def pause_at(self, version: int | None) -> None:
+        """End for now at this version (None: only at the run's end), and go on if that is what it had ended for."""
+        self.agenda.until = self.agenda_arguments["until"] = version
+        self.load_clock(self.clock_state())
+
+    def retune(self, job: JobSpec) -> None:
+        """Go on with another optimiser's block: moments that both rules have stay, others begin at zero."""
+        raise NotImplementedError(f"{type(self).__name__} cannot change its optimiser in place")
+
+    def live_optimizer(self) -> OptimizerSpec:
+        """The block by which weights are updated, as the update itself reads it."""
+        raise NotImplementedError(f"{type(self).__name__} does not show its optimiser")
 
     def clock_state(self) -> dict[str, Any]:
         """JSON values: version, examples, frames and the evaluations so far."""

@@ -22,7 +22,7 @@ from distml.exchange.flat import COUNT, FRAMES, ROWS, TAIL, FlatModel
 from distml.exchange.layout import Layout
 from distml.exchange.segment import KeptStates, Regions, kept_regions
 from distml.exchange.shared_memory import SharedMemoryGroup, host_regions, is_finite
-from distml.spec.schema import JobSpec
+from distml.spec.schema import JobSpec, OptimizerSpec
 from distml.strategies.optimizer import FlatOptimizer, applied_optimizer
 from distml.strategies.shard import Entry, Shard
 
@@ -97,6 +97,10 @@ class InPlaceUpdate:
         shard = Shard(self.job, self.flat.layout, own, budget)
         shard.attach(weights, optimizer, updates)
         return shard
+
+    def live_optimizer(self) -> OptimizerSpec:
+        """The block by which this worker updates its shard, or (an empty one) would."""
+        return self.shards[0].optimizer.spec if self.shards else applied_optimizer(self.job)
 
     def load(self, moments: Mapping[str, Tensor], updates: int) -> None:
         """Continue from whole moments [N]: each worker takes its shard's part."""

@@ -83,10 +83,23 @@ class FlatOptimizer:
         self.spec, self.layout, self.budget = spec, layout, budget
         self.start, self.stop = shard
         self.updates = 0
-        self.moments = {
-            name: torch.zeros(self.stop - self.start, dtype=like.dtype, device=like.device)
-            for name in moment_names(spec)
-        }
+        self.like = like.new_empty(0)
+        self.moments = {name: self._zeros() for name in moment_names(spec)}
+
+    def _zeros(self) -> Tensor:
+        return self.like.new_zeros(self.stop - self.start)
+
+    def change_rule(self, spec: OptimizerSpec) -> None:
+        """Go on by another block: moments that both rules have stay as they are, others begin at zero.
+
+        Adam's begin with a count of zero, too: their bias correction is a function of it.
+        """
+        both_adam = all(isinstance(rule, (AdamSpec, AdamWSpec)) for rule in (self.spec, spec))
+        kept = self.moments if both_adam or type(spec) is type(self.spec) else {}
+        self.moments = {name: kept[name] if name in kept else self._zeros() for name in moment_names(spec)}
+        if isinstance(spec, (AdamSpec, AdamWSpec)) and not both_adam:
+            self.updates = 0
+        self.spec = spec
 
     def hyperparameters(self, group: int, version: int, lr_factor: float = 1.0) -> dict[str, float]:
         """The live learning rate and weight decay of a group at `version`."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distml.exchange.flat import TAIL, FlatModel, from_numpy
+from distml.exchange.flat import TAIL, FlatModel, borrowed
 from distml.exchange.layout import Array
 from distml.exchange.segment import Regions
 from distml.exchange.shared_memory import is_finite
@@ -68,7 +68,7 @@ class Replica(Strategy):
     def load_weights(self, weights: Array, carried: Mapping[str, Array]) -> None:
         """Overwrite the replica."""
         with torch.no_grad():
-            self.flat.weights.copy_(from_numpy(weights))
+            self.flat.weights.copy_(borrowed(weights))
             self.carried.load(dict(carried))
 
     def load_shared(self, shared: Mapping[str, Any]) -> None:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from distml.exchange.channel import Channel, Group
-from distml.exchange.flat import COUNT, TAIL, from_numpy, to_numpy
+from distml.exchange.compression.build import compression_of
+from distml.exchange.flat import COUNT, TAIL, borrowed, to_numpy
 from distml.exchange.segment import Regions
 from distml.exchange.shared_memory import SharedMemoryGroup
+from distml.spec.schema import JobSpec, OptimizerSpec
 from distml.strategies.in_place import InPlaceUpdate, sync_regions
 from distml.strategies.optimizer import FlatOptimizer, applied_optimizer, block_square_norms, clip_scale
 from distml.strategies.replica import Replica
@@ -59,6 +61,16 @@ class Single(Replica):
             self.in_place = InPlaceUpdate(self.job, self.flat, group, updates, budget, self._reduce)
             self.optimizer.moments = self.in_place.moments
         self.leaves_gradients = self.in_place is None
+
+    def retune(self, job: JobSpec) -> None:
+        if self.in_place is not None or compression_of(job) is not None:
+            super().retune(job)  # others have its moments too; ranks accumulate its momentum
+        self.job = self.agenda.job = job
+        self.optimizer.change_rule(applied_optimizer(job))
+
+    def live_optimizer(self) -> OptimizerSpec:
+        spec = self.optimizer.spec if self.in_place is None else self.in_place.live_optimizer()
+        return self.job.optimizer if spec == applied_optimizer(self.job) else spec
 
     def regions(self, size: int, keeps: bool) -> Regions:
         return sync_regions(self.flat, list(self.optimizer.moments), size, keeps)
@@ -122,7 +134,7 @@ class Single(Replica):
     def load_shared(self, shared: Mapping[str, Any]) -> None:
         super().load_shared(shared)
         known, updates = shared["moments"], shared["clock"]["updates"]
-        moments = {name: from_numpy(known[name]) if name in known else torch.zeros_like(vector)
+        moments = {name: borrowed(known[name]) if name in known else torch.zeros_like(vector)
                    for name, vector in self.optimizer.moments.items()}  # fmt: skip
         if self.in_place is not None:
             self.in_place.load(moments, updates)
