@@ -94,6 +94,28 @@ def best_mode(metric: str) -> str:
     return "min" if any(word in last for word in ("loss", "error", "perplexity", "bits")) else "max"
 
 
+def rename(data: dict[str, Any], path: str, name: Any, root: type[Block] = JobSpec) -> None:
+    """Leave of the block at a dotted path, where there is one, what the block of another name has too; in place.
+
+    Its own keys would be unknown in the other one, and whoever changes a name alone does not mean them.
+    """
+    around: type[Block] | None = root
+    holder: Any = data
+    *above, last = path.split(".")
+    for part in above:
+        holder = holder.get(part) if isinstance(holder, dict) else None
+        around = choose(blocks_under(around, part), holder) if around is not None else None
+    block = holder.get(last) if isinstance(holder, dict) else None
+    if not isinstance(block, dict) or around is None or block.get("name") == name:
+        return
+    before, after = (choose(blocks_under(around, last), {"name": one}) for one in (block.get("name"), name))
+    if before is None or after is None or before is after:
+        return
+    both = {key: info.annotation for key, info in before.model_fields.items() if key in after.model_fields}
+    same = {key for key, annotation in both.items() if after.model_fields[key].annotation == annotation}
+    holder[last] = {key: value for key, value in block.items() if key in same}
+
+
 def default_at(path: KeyPath, data: dict[str, Any], root: type[Block] = JobSpec) -> dict[str, Any] | list[Any]:
     """What an override that goes below `path` begins with where the spec has nothing there.
 

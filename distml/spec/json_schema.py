@@ -21,6 +21,7 @@ def json_schema() -> dict[str, Any]:
     for name, definition in schema["$defs"].items():
         if name in blocks:
             _allow_shorthands(definition["properties"], blocks[name])
+    schema["$defs"]["Base"] = _base(schema["$defs"])
     # A chain, not oneOf: an editor then speaks of the kind that is written.
     chosen: dict[str, Any] = {"$ref": f"#/$defs/{JobSpec.__name__}"}
     for name, kind in KINDS.items():
@@ -28,6 +29,16 @@ def json_schema() -> dict[str, Any]:
             is_kind = {"properties": {"kind": {"const": name}}, "required": ["kind"]}
             chosen = {"if": is_kind, "then": {"$ref": f"#/$defs/{kind.__name__}"}, "else": chosen}
     return {"$schema": DIALECT, **chosen, "$defs": schema["$defs"]}
+
+
+def _base(definitions: dict[str, Any]) -> dict[str, Any]:
+    """A base: a file or a shipped job by name, or a block, which takes over what it leaves out; every job's uses it."""
+    whole = definitions[JobSpec.__name__]
+    taken_over = [key for key in whole["required"] if key not in ("distml", "name")]
+    for definition in definitions.values():
+        if "base" in definition.get("properties", {}):
+            definition["properties"]["base"] = {"$ref": "#/$defs/Base"}
+    return {"anyOf": [{"type": "string"}, {**whole, "required": taken_over}]}
 
 
 def _all_blocks(block: type[Block]) -> set[type[Block]]:

@@ -13,7 +13,7 @@ from typing_extensions import TypeVar
 
 from distml.errors import UsageError
 from distml.spec.base import Block
-from distml.spec.blocks import expand
+from distml.spec.blocks import expand, rename
 from distml.spec.image_rules import complete_images
 from distml.spec.jobs import find_job
 from distml.spec.language_rules import complete_text
@@ -150,11 +150,18 @@ def _take_base(document: Document, root: type[Block], directory: Path) -> Path |
         raise start.error(f"base must be a training job: a block, a file or a shipped job's name; got {describe(base)}")
     beside = directory / base
     try:
-        found = load_train(beside if beside.is_file() else base)
+        found = _load_base(find_job(beside if beside.is_file() else base))
     except UsageError as error:
         raise start.error(f"base: {error}") from None
     document.data["base"] = found.job.model_dump(mode="python", by_alias=True)
     return found.directory
+
+
+def _load_base(path: Path) -> LoadedSpec[JobSpec]:
+    kind = _read(path).data.get("kind", "train")
+    if kind in KINDS and kind != "train":  # before its own base is read, which may be the very file that names it
+        raise UsageError(f"{path} is a job of kind {kind}; a base must be of kind train")
+    return load_train(path)
 
 
 def _checked_over(job: OverJobs, document: Document, path: Path | None, directory: Path) -> LoadedSpec[Any]:
@@ -171,14 +178,19 @@ def with_values(base: LoadedSpec[JobSpec], values: Mapping[str, Any], **changes:
     """The base with other values at some of its paths.
 
     Args:
-        values: by dotted path, as a search proposes them.
+        values: by dotted path, as a search proposes them. Those that choose a block come first: `optimizer`, then
+            `optimizer.name`, then `optimizer.lr`; a block of another name keeps the keys that both have.
         changes: whole top-level keys besides.
 
     Raises:
         UsageError: a path does not exist, or a value may not stand there; without a file's name.
     """
     data = {**base.job.model_dump(mode="python", by_alias=True), **changes}
-    loaded = load_train(data, values, directory=base.directory)
+    ordered = dict(sorted(values.items(), key=lambda item: (item[0].count("."), not item[0].endswith(".name"))))
+    for path, value in ordered.items():
+        if path.endswith(".name"):
+            rename(data, path.removesuffix(".name"), value)
+    loaded = load_train(data, ordered, directory=base.directory)
     return replace(loaded, path=base.path)
 
 

@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from distml.spec.messages import Problem, describe, near
+from distml.spec.messages import Problem, describe, near, shorten
 from distml.spec.yaml import KeyPath, dotted
 
 Kind = Literal["uniform", "loguniform", "randint", "lograndint", "choice"]
+MOST = 1e300  # an end beyond this has no float, or overflows where one is stretched
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
@@ -110,6 +111,8 @@ def _dimension(path: str, value: Any, at: KeyPath) -> Dimension | Problem:
                        f"got {describe(value)}", (at,), "value")  # fmt: skip
     ((kind, arguments),) = value.items()
     if kind not in KINDS:
+        if isinstance(arguments, Mapping):
+            return Problem(f"{dotted(at)} is no dimension; write its path with dots, as {path}.{kind}: …", (at,))
         close = near(str(kind), KINDS)
         hint = f"did you mean {close!r}?" if close else f"known: {', '.join(KINDS)}"
         return Problem(f"{dotted(at)}: unknown kind of dimension {kind!r}; {hint}", ((*at, kind),))
@@ -125,8 +128,10 @@ def _wrong(kind: str, arguments: Any) -> Iterator[str]:
     if kind == "choice":
         if not isinstance(arguments, list) or len(arguments) < 2:
             yield f"choice must be a list of at least two values, got {describe(arguments)}"
-        elif any(value in arguments[:index] for index, value in enumerate(arguments)):
-            yield "choice lists a value twice; each may stand there once"
+            return
+        for index, value in enumerate(arguments):
+            if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in arguments[:index]):
+                yield f"choice lists {shorten(value)} twice; each value may stand there once"
         return
     integer = kind in ("randint", "lograndint")
     what = "integers" if integer else "numbers"
@@ -134,7 +139,7 @@ def _wrong(kind: str, arguments: Any) -> Iterator[str]:
         yield f"{kind} must be [lower, upper], got {describe(arguments)}"
         return
     for end in arguments:
-        if isinstance(end, bool) or not isinstance(end, int if integer else (int, float)) or not math.isfinite(end):
+        if isinstance(end, bool) or not isinstance(end, int if integer else (int, float)) or not abs(end) < MOST:
             yield f"{kind} must be two {what}, got {describe(end)}"
             return
     low, high = arguments

@@ -83,7 +83,7 @@ def test_python_values_are_used_as_they_are():
         (["seed=a\nb"], r"--set seed=a\nb: seed must be an integer"),
         (["resources.workers=65"], "--set resources.workers=65: batch_size 64 is shared out over 65 workers"),
         (["strategy.mode=ssp"], "--set strategy.mode=ssp: mode ssp needs strategy.max_staleness"),
-        (["kind=sweep"], "--set kind=sweep: kind 'sweep' does not work"),
+        (["kind=sweeps"], "--set kind=sweeps: kind 'sweeps' does not work"),
         ("seed=x", "--set seed=x: seed must be an integer"),
         ({"seed": "x"}, "override seed='x': seed must be an integer"),
         ({"optimizer.lr": float("nan")}, "override optimizer.lr=nan: nan"),
