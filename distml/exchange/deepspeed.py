@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import logging
 import os
 import re
@@ -43,6 +44,7 @@ def library(device: torch.device) -> Any:
     os.environ["DS_ACCELERATOR"] = "cpu" if device.type == "cpu" else device.type
     import deepspeed
 
+    _import_muon_uncompiled()
     # Which kernels could be compiled: it would try that with the compiler at every start, whose errors may reach the
     # terminal. It only asks for one of inference, which it would then compile.
     deepspeed.ops.__compatible_ops__ = {}
@@ -50,6 +52,23 @@ def library(device: torch.device) -> Any:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # older names of what it calls
     warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)  # its own, of a first layer
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """Import its Muon without having torch compile three functions of it.
+
+    DeepSpeed imports it to ask whether an optimiser is one. To decorate these functions imports torch's Inductor, which
+    takes 1 s of each rank's start, and nothing here calls them.
+    """
+    from deepspeed.runtime import compiler
+
+    before = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):  # as DeepSpeed does
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = before
 
 
 def join(group: ProcessGroup | None, device: torch.device, timeout_s: float) -> ProcessGroup:

@@ -225,6 +225,17 @@ class WorkerActor:
         self.group: Any = None
         self.busy = threading.Lock()
         prepare_process(self.job)
+        self._import_libraries()
+
+    def _import_libraries(self) -> None:
+        """Now, while the other workers do, and before rank 0 is asked for what only it does."""
+        import torch
+
+        from distml.strategies.build import import_libraries
+
+        self.device = torch.device("cuda", 0) if self.job.resources.gpus_per_worker else torch.device("cpu")
+        with contextlib.suppress(ImportError):  # where it is needed, it is said
+            import_libraries(self.job, self.device)
 
     def build(
         self, directory: str, files: dict[str, str], start_weights: Mapping[str, Array] | None, hosts: Hosts | None
@@ -233,8 +244,6 @@ class WorkerActor:
 
         `hosts` are the ranks of each host, where the workers share memory.
         """
-        import torch
-
         from distml.errors import UsageError
         from distml.exchange.flat import to_numpy
         from distml.loop import Trainer
@@ -242,10 +251,10 @@ class WorkerActor:
 
         try:
             SourceTree(directory, files).install()
-            device = torch.device("cuda", 0) if self.job.resources.gpus_per_worker else torch.device("cpu")
             task = build_task(self.job)
-            self.trainer = Trainer(self.job, task, self.rank, self.job.resources.workers, device, self.snapshot_every,
-                                   self.injections, in_shared_memory=hosts is not None)  # fmt: skip
+            size, shares = self.job.resources.workers, hosts is not None
+            self.trainer = Trainer(self.job, task, self.rank, size, self.device, self.snapshot_every, self.injections,
+                                   in_shared_memory=shares)  # fmt: skip
             self.trainer.build(start_weights)
         except UsageError as error:
             return {"error": str(error)}

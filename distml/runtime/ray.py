@@ -49,6 +49,13 @@ POLL_S = 0.2
 STOP_PATIENCE_S = 2.0
 KEEP_FROM_BYTES = 2**20
 CLOSE_PATIENCE_S = 5.0
+# A private Ray's. Workers at Ray's niceness of 15 would let everything else on the machine go first. A new raylet may
+# ask for its own object store before that listens, and would try again 1 s later; 10 s in all is Ray's patience too.
+PRIVATE_SETTINGS = {
+    "RAY_worker_niceness": "0",
+    "RAY_raylet_client_connect_timeout_milliseconds": "50",
+    "RAY_raylet_client_num_connect_attempts": "200",
+}
 TRY_ADDRESS = "; check --address or RAY_ADDRESS ('ray status' on a node shows the cluster's)"
 
 
@@ -757,7 +764,8 @@ def connect(address: str | None, cpus: int, start_s: float) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets everything else on the machine go first
+    for name, value in PRIVATE_SETTINGS.items():
+        os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     target = cluster_address(address)
     if target is not None:

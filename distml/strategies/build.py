@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from distml.exchange.compression.build import compression_of
 from distml.spec.schema import AllReduceSpec, JobSpec, LocalSGDSpec, ParameterServerSpec
 from distml.spec.zero import ZeroSpec
 from distml.strategies.base import Strategy
+
+
+def import_libraries(job: JobSpec, device: torch.device) -> None:
+    """Import what the strategy would import when it is first used, which takes seconds, while others do the same."""
+    if isinstance(job.strategy, ZeroSpec):
+        from distml.exchange import deepspeed
+
+        deepspeed.library(device)
+        importlib.import_module("torch._dynamo")  # as torch's optimisers do when they are first used
 
 
 def build_strategy(

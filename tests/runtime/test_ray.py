@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import ray
 from own.on_ray import SPEC, TIMES, Notes, assert_same, weights
 
 import distml
 from distml.errors import RunError, UsageError
 from distml.runs.checkpoints import CheckpointStore
+from distml.runtime.ray import PRIVATE_SETTINGS
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
@@ -194,6 +196,14 @@ def test_an_own_task_that_cannot_be_built_is_one_line(tmp_path):
     )
     with pytest.raises(UsageError, match=r"KeyError: 'no such thing' \(mine.py:6\)"):
         distml.run(tmp_path / "mine.yaml", out=tmp_path / "run", runtime="ray")
+
+
+def test_rays_core_still_knows_the_settings_of_a_private_ray():
+    """It takes no notice of an unknown one."""
+    core = (Path(ray.__file__).parent / "core/src/ray/raylet/raylet").read_bytes()
+    assert b"RAY_raylet_client_misspelt" not in core, "the control"
+    for name in PRIVATE_SETTINGS:
+        assert name.encode() in core
 
 
 @pytest.mark.parametrize("job", ["digits-all-reduce", "digits-ps-sync", "digits-ps-async", "digits-ps-ssp"])

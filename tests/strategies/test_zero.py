@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from own.oracle import Trained, spec_of, train
+from own.oracle import Trained, job_of, spec_of, train
 from own.ranks import CPU, on_ranks, trainer_of
 
 from distml.errors import UsageError
@@ -18,6 +19,7 @@ from distml.exchange.channel import PeerLost
 from distml.exchange.deepspeed import SumScaler, library
 from distml.exchange.layout import Layout
 from distml.loop import Trainer, check_parts
+from distml.strategies.build import import_libraries
 
 STAGES = (1, 2, 3)
 FLOAT32 = {"dtype": "float32"}
@@ -337,6 +339,35 @@ def test_no_compiler_is_tried_at_the_start(monkeypatch):
     monkeypatch.setattr(OpBuilder, "has_function", lambda *arguments: tried.append(arguments))
     assert library(CPU).ops.__compatible_ops__.get("deepspeed_shm_comm", False) is False
     assert tried == []
+
+
+def test_nothing_of_it_is_compiled_by_torch_at_the_start(monkeypatch):
+    muon = "deepspeed.runtime.zero.muon"
+    compiled: list[Any] = []
+    library(CPU)
+    from deepspeed.runtime import compiler
+    from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
+
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 1)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    for is_ours in (True, False):
+        for name in [name for name in sys.modules if name.startswith(muon)]:
+            monkeypatch.delitem(sys.modules, name)
+        if is_ours:
+            library(CPU)
+            assert compiler.compile() is torch.compile, "put back"
+        assert is_zero_supported_optimizer(optimizer)
+        assert bool(compiled) != is_ours, "the control: DeepSpeed by itself does"
+
+
+def test_a_worker_imports_it_beforehand_if_it_will_need_it(monkeypatch):
+    imported: list[Any] = []
+    monkeypatch.setattr("distml.exchange.deepspeed.library", imported.append)
+    import_libraries(job_of(spec_of(workers=2, strategy="all_reduce")), CPU)
+    assert imported == []
+    import_libraries(job_of(spec_of(workers=2, strategy="zero")), CPU)
+    assert imported == [CPU]
 
 
 def test_its_hooks_of_a_first_layer_are_not_warned_of(recwarn):
