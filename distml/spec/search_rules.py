@@ -15,6 +15,7 @@ from distml.spec.rl import ActingBlock
 from distml.spec.schema import BestSpec, JobSpec, LocalSGDSpec
 from distml.spec.space import Dimension, Space, parse_space
 from distml.spec.sweep import SweepSpec
+from distml.spec.sweep_rules import sweep_rules
 from distml.spec.yaml import dotted
 
 FIXED = ("distml", "kind", "name")
@@ -180,6 +181,7 @@ def _rounds(base: JobSpec, every: int, key: str) -> Iterator[Problem]:
 def _sweep(job: SweepSpec, space: Space) -> Iterator[Problem]:
     yield from _sampler(job, space)
     yield from _objectives(job)
+    yield from sweep_rules(job, space, steps_of(job.base))
     every, steps = job.every or job.base.evaluate.every, steps_of(job.base)
     key = "every" if job.every is not None else "scheduler"
     if job.scheduler.name != "fifo":

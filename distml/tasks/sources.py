@@ -41,11 +41,15 @@ class SourceTree:
                     waiting += imported_modules(files[relative], module)
         return cls(str(directory), files) if files else cls()
 
-    def install(self) -> None:
-        """Make the files importable: from where they lie if the same text is there, else from a private copy."""
-        if not self.files:
-            return
+    def install(self) -> Path:
+        """Make the files importable: from where they lie if the same text is there, else from a private copy.
+
+        Returns:
+            The folder that they are imported from.
+        """
         home = Path(self.directory)
+        if not self.files:
+            return home
         if not all(_same_text(home / name, text) for name, text in self.files.items()):
             home = Path(tempfile.mkdtemp(prefix="distml-code-"))
             for name, text in self.files.items():
@@ -56,6 +60,7 @@ class SourceTree:
             for name in self.files:  # all of them: they hold what they imported from each other
                 sys.modules.pop(_module_name(name), None)
         importlib.invalidate_caches()
+        return home
 
     def mark_imported(self) -> None:
         """Remember what the imported modules' text is, so that a later `install` sees whether it has changed."""

@@ -1,0 +1,257 @@
+"""What a sweep keeps of its trials: the journal, each trial's folder, and which of them is the best. No ray, no torch.
+
+    DIR/trials.jsonl                                      proposed, finished, stopped, failed, retried: in this order
+    DIR/trials/NNNN/{spec.yaml, metrics.jsonl, result.json, checkpoints/}    checkpoints: of the best ones only
+
+The journal alone decides what a resume goes on from: a line counts once its newline is written, and is written before
+the event has any consequence.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distml.adapters.tune_samplers import Sampler, Values
+from distml.runs.directory import MetricsFile, RunDirectory
+from distml.runs.files import write_atomically
+from distml.spec.loader import LoadedSpec, with_values
+from distml.spec.schema import BestSpec
+from distml.spec.search_rules import objectives_of
+from distml.spec.sweep import SweepSpec
+from distml.tasks.sources import SourceTree
+
+JOURNAL, TRIALS = "trials.jsonl", "trials"
+ENDS = ("finished", "stopped", "failed")
+
+
+@dataclass
+class TrialRecord:
+    """One trial, as far as it has come.
+
+    Attributes:
+        end: how it ended; None: it has not. "stopped": by the scheduler, before its own budget was spent.
+        failures: how often it failed.
+    """
+
+    index: int
+    values: Values
+    end: str | None = None
+    step: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: str | None = None
+    failures: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"{self.index:04d}"
+
+    def score(self, goal: BestSpec) -> float:
+        """Of an objective, more is better; NaN, or none, is the worst there is."""
+        value = self.metrics.get(goal.metric)
+        if value is None or math.isnan(value):
+            return -math.inf
+        return float(value) if goal.mode == "max" else -float(value)
+
+
+class TrialBook:
+    """The trials of one sweep.
+
+    Args:
+        loaded: the sweep's spec.
+        directory: its run directory, locked.
+        sources: the user's own files, which each trial's folder gets a copy of.
+        clock: seconds of the sweep so far, counted over resumes.
+    """
+
+    def __init__(self, loaded: LoadedSpec[SweepSpec], directory: RunDirectory, sources: SourceTree) -> None:
+        assert loaded.base is not None
+        self.job, self.base, self.directory, self.sources = loaded.job, loaded.base, directory, sources
+        self.goals = objectives_of(self.job)
+        self.journal = MetricsFile(directory.path / JOURNAL)
+        self.trials: dict[int, TrialRecord] = {}
+        self.files: dict[int, MetricsFile] = {}
+        self.kept: set[int] = set()  # whose weights are on the disk
+        self.began, self.earlier_s = time.monotonic(), 0.0
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of the sweep, counted over resumes."""
+        return self.earlier_s + time.monotonic() - self.began
+
+    def folder(self, index: int) -> Path:
+        """A trial's folder."""
+        return self.directory.path / TRIALS / f"{index:04d}"
+
+    # --------------------------------------------------------------------------------------------------------- resuming
+    def recall(self, sampler: Sampler) -> None:
+        """Read the journal, and bring the sampler to where it was."""
+        for row in self.journal.read():
+            index, event = int(row["trial"]), row["event"]
+            self.earlier_s = float(row["wall_s"])
+            if event == "proposed":
+                self.trials[index] = TrialRecord(index, dict(row["values"]))
+                sampler.recall(index, row["values"])
+                continue
+            trial = self.trials[index]
+            trial.failures += event in ("failed", "retried")
+            if event in ENDS:
+                trial.end, trial.step, trial.metrics = event, int(row["step"]), dict(row["metrics"])
+                trial.values, trial.seconds, trial.error = dict(row["values"]), float(row["seconds"]), row["error"]
+                self.tell(sampler, trial)
+        self.kept = {
+            trial.index for trial in self.trials.values() if (self.folder(trial.index) / "checkpoints").is_dir()
+        }
+        self._prune()
+
+    def tell(self, sampler: Sampler, trial: TrialRecord) -> None:
+        """Let the sampler learn from a trial that has ended."""
+        if trial.end == "failed":
+            sampler.tell(trial.index, None)
+            return
+        values = [trial.metrics.get(goal.metric) for goal in self.goals]
+        sampler.tell(trial.index, [math.nan if value is None else float(value) for value in values])
+
+    def unfinished(self) -> list[TrialRecord]:
+        """Proposed, and not ended: in the order of their numbers."""
+        return [trial for _, trial in sorted(self.trials.items()) if trial.end is None]
+
+    # ---------------------------------------------------------------------------------------------------------- events
+    def propose(self, index: int, values: Values) -> TrialRecord:
+        """A new trial."""
+        trial = self.trials[index] = TrialRecord(index, values)
+        self._write("proposed", trial)
+        return trial
+
+    def prepare(self, trial: TrialRecord) -> None:
+        """Make its folder anew, with its spec.
+
+        Raises:
+            UsageError: the base does not take these values together.
+        """
+        folder = self.folder(trial.index)
+        loaded = with_values(self.base, trial.values)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        for name, text in self.sources.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        (folder / "spec.yaml").write_text(loaded.dump(), encoding="utf-8")
+        RunDirectory(folder).result.update(durable=False, status="running")
+
+    def rows(self, trial: TrialRecord) -> list[dict[str, Any]]:
+        """What it has reported."""
+        return MetricsFile(self.folder(trial.index) / "metrics.jsonl").read()
+
+    def changed(self, trial: TrialRecord, values: Mapping[str, Any]) -> None:
+        """The scheduler gave it other values."""
+        trial.values = dict(values)
+        loaded = with_values(self.base, trial.values)
+        write_atomically(self.folder(trial.index) / "spec.yaml", loaded.dump(), durable=False)
+
+    def report(
+        self, trial: TrialRecord, step: int, seconds: float, metrics: Mapping[str, float],
+        rows: Sequence[Mapping[str, Any]],
+    ) -> None:  # fmt: skip
+        """What a trial has come to since its last report."""
+        trial.step, trial.seconds = step, seconds
+        trial.metrics |= metrics
+        file = self.files.setdefault(trial.index, MetricsFile(self.folder(trial.index) / "metrics.jsonl"))
+        for row in rows:
+            file.append(dict(row))
+
+    def end(self, trial: TrialRecord, event: str, error: str | None = None) -> None:
+        """It has finished, was stopped, or has failed for good."""
+        trial.end, trial.error = event, error
+        self._write(event, trial)
+        self._close(trial, {"finished": "done", "stopped": "done", "failed": "failed"}[event], error)
+        if (self.folder(trial.index) / "checkpoints").is_dir():
+            self.kept.add(trial.index)
+        self._prune()
+
+    def retry(self, trial: TrialRecord, error: str) -> None:
+        """It has failed, and will be run again from its beginning."""
+        trial.failures += 1
+        trial.error = error
+        self._write("retried", trial)
+        trial.step, trial.metrics, trial.seconds, trial.error = 0, {}, 0.0, None
+        self._forget(trial)
+
+    def interrupted(self) -> None:
+        """The sweep ends before its trials have: they are run anew when it goes on."""
+        for trial in self.unfinished():
+            if self.folder(trial.index).is_dir():
+                self._close(trial, "interrupted", None)
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self.files.values():
+            file.close()
+        self.journal.close()
+
+    def _write(self, event: str, trial: TrialRecord) -> None:
+        self.journal.append({"trial": trial.name, "event": event, "wall_s": self.wall_s, "values": trial.values,
+                             "step": trial.step, "metrics": trial.metrics, "seconds": trial.seconds,
+                             "error": trial.error})  # fmt: skip
+
+    def _close(self, trial: TrialRecord, status: str, error: str | None) -> None:
+        self._forget(trial)
+        folder = self.folder(trial.index)
+        if not folder.is_dir():  # values that the base does not take
+            return
+        steps = sorted(path.name for path in (folder / "checkpoints").glob("step-????????"))
+        failure = None if error is None else {"rank": "trial", "phase": "", "step": trial.step, "message": error}
+        RunDirectory(folder).result.update(
+            durable=False, status=status, step=trial.step, wall_s=trial.seconds, metrics=trial.metrics, error=failure,
+            checkpoint=f"checkpoints/{steps[-1]}" if steps else None,
+        )  # fmt: skip
+
+    def _forget(self, trial: TrialRecord) -> None:
+        if trial.index in self.files:
+            self.files.pop(trial.index).close()
+
+    # ------------------------------------------------------------------------------------------------------------ best
+    def _ranked(self) -> list[TrialRecord]:
+        """Those that may be the best: all that ran to their own end; if there is none, those that were stopped."""
+        ended = sorted((t for t in self.trials.values() if t.end in ("finished", "stopped")), key=lambda t: t.index)
+        return [trial for trial in ended if trial.end == "finished"] or ended
+
+    def front(self) -> list[TrialRecord]:
+        """The Pareto set: nobody is as good in all objectives and better in one."""
+        ranked = [(trial, [trial.score(goal) for goal in self.goals]) for trial in self._ranked()]
+        return [trial for trial, own in ranked if not any(dominates(other, own) for _, other in ranked)]
+
+    def best(self) -> TrialRecord | None:
+        """By the objective; of a Pareto set by `tie_break`."""
+        goal = self.job.tie_break if len(self.goals) > 1 and self.job.tie_break is not None else self.goals[0]
+        return max(self.front(), key=lambda trial: (trial.score(goal), -trial.index), default=None)
+
+    def _prune(self) -> None:
+        """Keep the weights of the best trial; with several objectives, of the Pareto set."""
+        best = self.best()
+        wanted = {trial.index for trial in (self.front() if len(self.goals) > 1 else [best]) if trial is not None}
+        for index in self.kept - wanted:
+            trial = self.trials[index]
+            shutil.rmtree(self.folder(index) / "checkpoints", ignore_errors=True)
+            if trial.end is not None:
+                RunDirectory(self.folder(index)).result.update(
+                    durable=False, checkpoint=None, status="failed" if trial.end == "failed" else "done"
+                )
+        self.kept &= wanted
+
+    def ended(self, *events: str) -> Iterator[TrialRecord]:
+        """The trials that ended in one of these ways."""
+        return (trial for _, trial in sorted(self.trials.items()) if trial.end in events)
+
+
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether `one` is nowhere worse than `other` and somewhere better; more is better."""
+    return all(a >= b for a, b in zip(one, other, strict=True)) and any(a > b for a, b in zip(one, other, strict=True))

@@ -1,0 +1,260 @@
+"""A training job as a class that Ray Tune trains: a `Member` in the trial's process, whatever Tune does to it.
+
+    Tune: reset_config(values) ──▶ load_checkpoint(folder) ──▶ step ──▶ step … ──▶ save_checkpoint(folder)
+    here: takes note              takes note                 builds the member with its values, loads the state,
+                                                             reads the values back; trains `every` steps
+
+Nothing happens before `step`: by then both the values and the state are known, in whatever order Tune brought them,
+and the values count (Tune's own population-based training loses a mutation where a checkpoint brings back the values
+it was written with). Checkpoints are safetensors and JSON, as everywhere in distml. A member that fails ends its trial
+with a line that says why; its process stays for the next trial.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ray.tune import PlacementGroupFactory, Trainable
+from ray.tune.result import DONE
+
+from distml.errors import DistmlError, UsageError
+from distml.population.member import Member, MemberError, Stand
+from distml.runs.checkpoints import Checkpoint, CheckpointStore
+from distml.runtime.cut import from_checkpoint, to_checkpoint
+from distml.spec.loader import LoadedSpec, load_train, with_values
+from distml.spec.schema import BestSpec, JobSpec
+from distml.tasks.sources import SourceTree
+
+OBJECTIVE, STEP, FINISHED, DETAIL = "objective", "step", "finished", "detail"
+WORST = 1e30  # instead of NaN: Tune's schedulers cannot order that
+DIVERGENCES = 3  # of a process, after which a trial that diverges is over even where it could be copied into
+
+
+@dataclass
+class Detail:
+    """What a sweep's trial reports besides what Tune wants to know.
+
+    Attributes:
+        rows: what belongs into metrics.jsonl since the last report.
+        values: by path, as they are now.
+        fresh: it is at its beginning.
+        error: why it has failed or diverged, one line.
+        defect: the values that were asked for are not those in use.
+    """
+
+    step: int
+    seconds: float
+    metrics: dict[str, float]
+    rows: list[Mapping[str, Any]]
+    values: dict[str, Any]
+    fresh: bool
+    error: str | None = None
+    defect: bool = False
+
+
+class AppliedDiffers(Exception):
+    """What computes has other values than were asked for: a defect."""
+
+
+def trainable(
+    spec: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Mapping[str, object] | Sequence[str] = (),
+    *,
+    every: int | None = None,
+) -> type[Trainable]:
+    """A training job for `ray.tune.Tuner`.
+
+    Its config has values by dotted path (`{"optimizer.lr": 0.01}`). Each result has the newest metrics
+    (`eval/accuracy`, …) and `step`; a trial is over when the job's own `stop` says so. It can be paused, reset
+    (`reuse_actors`), and trained by population-based schedulers: values count, and are read back from what computes.
+
+    Args:
+        spec: a file, a shipped job's name, or the spec as a dict.
+        overrides: dotted keys and values.
+        every: steps between two results; None: `evaluate.every`.
+
+    Raises:
+        UsageError: the spec is wrong, or of another kind.
+    """
+    loaded = load_train(spec, overrides)
+    return make_trainable(loaded, SourceTree.collect(loaded.job.task, loaded.directory), every)
+
+
+def make_trainable(
+    base: LoadedSpec[JobSpec], sources: SourceTree, every: int | None, goals: Sequence[BestSpec] = (),
+    home: Path | None = None, revives: bool = False,
+) -> type[Trainable]:  # fmt: skip
+    """The same for a sweep.
+
+    Args:
+        goals: the first one is reported as `objective`, a number even where it is NaN.
+        home: the run directory, if results are to carry `detail` and weights are to be kept.
+        revives: the scheduler copies another trial into one that has diverged.
+    """
+    check_one_process(base.job)
+    attributes = {"base": base, "sources": sources, "every": every or base.job.evaluate.every, "goals": tuple(goals),
+                  "home": None if home is None else str(home.resolve()), "revives": revives}  # fmt: skip
+    return type(f"Trial_{base.job.name}", (MemberTrainable,), attributes)
+
+
+def check_one_process(job: JobSpec) -> None:
+    """Refuse trials that do not fit into one process.
+
+    Raises:
+        UsageError: the base has several workers.
+    """
+    if job.resources.workers > 1:
+        raise UsageError(f"the base has {job.resources.workers} workers, and a trial on Ray Tune is one process; set "
+                         "base.resources.workers to 1, or use kind: population")  # fmt: skip
+
+
+class MemberTrainable(Trainable):  # type: ignore[misc]
+    """One trial; see `trainable`."""
+
+    base: ClassVar[LoadedSpec[JobSpec]]
+    sources: ClassVar[SourceTree]
+    every: ClassVar[int]
+    goals: ClassVar[tuple[BestSpec, ...]]
+    home: ClassVar[str | None]
+    revives: ClassVar[bool]
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
+        """The base's worker."""
+        resources = cls.base.job.resources
+        bundle = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
+        return PlacementGroupFactory([{name: amount for name, amount in bundle.items() if amount}])
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """In a new process."""
+        os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", "."))  # a task's own files are looked for where the run began
+        self.member: Member | None = None
+        self.divergences = 0
+        home = self.sources.install()
+        self.local = replace(self.base, directory=home) if self.sources.files else self.base
+        self._take(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The process is given another trial, or other values."""
+        os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", "."))
+        self._take(new_config)
+        return True
+
+    def _take(self, config: Mapping[str, Any]) -> None:
+        self._end_member()
+        self.values = dict(config)
+        self.progress = 0
+        self.start: Checkpoint | None = None
+
+    def step(self) -> dict[str, Any]:
+        """Train until the next result is due."""
+        try:
+            fresh, member = self._built()
+            now = self.progress + self.every
+            stand = member.advance(now - now % self.every)
+        except (DistmlError, MemberError, AppliedDiffers) as error:
+            self._end_member()
+            if self.home is None and getattr(error, "kind", "") != "not_finite":
+                raise
+            return self._failed(error)
+        self.progress = stand.step
+        return self._result(stand, fresh)
+
+    def _built(self) -> tuple[bool, Member]:
+        """Whether it is at its beginning, and the member; with what it was told to load, and its own values."""
+        if self.member is not None:
+            return False, self.member
+        job = with_values(self.local, self.values).job
+        member = self.member = Member(job, self.sources, Path(self.logdir))
+        built = member.build()
+        self.layout, self.frozen = built.layout, built.frozen
+        if self.start is not None:
+            member.load(from_checkpoint(self.start, built.layout))
+            self.progress = self.start.step
+        check_applied(self.values, member.live(list(self.values)))
+        return self.start is None, member
+
+    def _result(self, stand: Stand, fresh: bool) -> dict[str, Any]:
+        metrics = {name: float(value) for name, value in stand.metrics.items() if value is not None}
+        result: dict[str, Any] = {STEP: stand.step, DONE: stand.finished is not None}
+        if self.home is None:
+            return {**result, **metrics}
+        if stand.finished is not None:
+            self._keep_weights()
+        detail = Detail(stand.step, stand.seconds, metrics, list(stand.rows), self.values, fresh)
+        return {**result, FINISHED: stand.finished, OBJECTIVE: ordered(metrics, self.goals[0]), DETAIL: detail}
+
+    def _failed(self, error: Exception) -> dict[str, Any]:
+        """A trial that has diverged is the worst there is; one that has failed may be tried again."""
+        diverged, step = getattr(error, "kind", "") == "not_finite", getattr(error, "step", None) or self.progress
+        none = {goal.metric: math.nan for goal in self.goals} if diverged else {}
+        if self.home is None:
+            return {STEP: step, DONE: True, **none}
+        self.divergences += diverged
+        copied = self.revives and diverged and self.divergences < DIVERGENCES
+        defect = isinstance(error, AppliedDiffers)
+        detail = Detail(step, 0.0, none, [], self.values, fresh=False, error=str(error), defect=defect)
+        return {STEP: step, DONE: not copied, FINISHED: "not_finite" if diverged else None, DETAIL: detail,
+                OBJECTIVE: ordered({}, self.goals[0])}  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+    def save_checkpoint(self, checkpoint_dir: str) -> str:
+        """The whole state, for a pause or for another trial."""
+        with CheckpointStore(Path(checkpoint_dir), 1) as store:
+            store.write(self._checkpoint())
+        return checkpoint_dir
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Go on from there at the next `step`, with the values that are known by then."""
+        with CheckpointStore(Path(checkpoint), 1) as store:
+            self._end_member()
+            self.start = store.newest_good(print)
+
+    def _checkpoint(self) -> Checkpoint:
+        if self.member is None:  # it was told to load, and has not begun
+            assert self.start is not None
+            return self.start
+        extra = {"name": self.member.job.name, "wall_s": 0.0}
+        return to_checkpoint(self.member.state(), self.layout, self.frozen, extra)
+
+    def _keep_weights(self) -> None:
+        assert self.home is not None
+        with CheckpointStore(Path(self.home) / "trials" / str(self.trial_name) / "checkpoints", 1) as store:
+            store.write(self._checkpoint())
+
+    def cleanup(self) -> None:
+        """The process ends."""
+        self._end_member()
+
+    def _end_member(self) -> None:
+        if self.member is not None:
+            self.member.close()
+            self.member = None
+
+
+def ordered(metrics: Mapping[str, float], goal: BestSpec) -> float:
+    """The objective as a finite number, NaN as the worst there is."""
+    value = metrics.get(goal.metric, math.nan)
+    worst = WORST if goal.mode == "min" else -WORST
+    return worst if math.isnan(value) else min(max(value, -WORST), WORST)
+
+
+def check_applied(asked: Mapping[str, Any], live: Mapping[str, Any]) -> None:
+    """Whether what computes has the values that were asked for.
+
+    Raises:
+        AppliedDiffers: it has not.
+    """
+    for path, value in asked.items():
+        found = live[path]
+        if isinstance(value, float) or isinstance(found, float):
+            same = math.isclose(float(value), float(found), rel_tol=1e-12)
+        else:
+            same = value == found
+        if not same:
+            raise AppliedDiffers(f"{path}: {value!r} was asked for, {found!r} is in use")
