@@ -21,6 +21,7 @@ from distml.spec.base import (
     Offers,
     OwnBlock,
     Positive,
+    Share,
     StrategyBlock,
     TaskBlock,
     own_or_name,
@@ -64,6 +65,7 @@ class ClassificationSpec(TaskBlock):
     )
     path: str | None = Field(None, description="cifar10: the folder of its binary version; relative to the spec")
     model: ImageModelSpec = MLPSpec(name="mlp")
+    label_noise: Share = Field(0.0, description="share of the training labels that are replaced by wrong ones")
 
 
 class RegressionSpec(TaskBlock):

@@ -76,7 +76,7 @@ def build_task(job: JobSpec, directory: Path | None = None) -> Task:
     from distml.tasks.classification import Classification
 
     assert isinstance(spec, ClassificationSpec)
-    return Classification(spec.data, spec.model, split_seed=job.seed, path=spec.path)
+    return Classification(spec.data, spec.model, job.seed, spec.path, spec.label_noise)
 
 
 def check_needs(name: str, needs: frozenset[str], num_phases: int, strategy: StrategyBlock) -> None:

@@ -38,6 +38,10 @@ class Images:
         """Images in it."""
         return len(self.labels)
 
+    def labelled(self, labels: Tensor) -> Images:
+        """The same images with other labels."""
+        return Images(self.pixels, labels, self.mean, self.scale)
+
     def batch_at(self, indices: Tensor, place: int) -> tuple[Tensor, Tensor]:
         """(images float32 [B, 3, 32, 32] of mean 0 and deviation 1 per channel, labels [B])."""
         return (self.pixels[indices].float() / 255.0 - self.mean) / self.scale, self.labels[indices]

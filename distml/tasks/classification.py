@@ -28,10 +28,16 @@ CLASSES = 10
 
 
 class Classification(Task):
-    """Cross-entropy, accuracy in evaluation; three splits, cut once by `split_seed`: of digits 60, 20 and 20 %."""
+    """Cross-entropy, accuracy in evaluation; three splits, cut once by `split_seed`: of digits 60, 20 and 20 %.
 
-    def __init__(self, data: str, model: ImageModelSpec, split_seed: int = 0, path: str | None = None) -> None:
+    `label_noise` of the training labels are wrong, which ones and how drawn by `split_seed` too.
+    """
+
+    def __init__(
+        self, data: str, model: ImageModelSpec, split_seed: int = 0, path: str | None = None, label_noise: float = 0.0
+    ) -> None:
         self.name, self.model_spec, self.split_seed, self.path = data, model, split_seed, path
+        self.label_noise = label_noise
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -54,8 +60,12 @@ class Classification(Task):
         if self.name == "cifar10":
             from distml.tasks.cifar import load_cifar10
 
-            return load_cifar10(Path(self.path or ""), self.split_seed)[split]
-        return splits(load_digits, self.split_seed)[split]
+            photographs = load_cifar10(Path(self.path or ""), self.split_seed)[split]
+            if split != "train" or not self.label_noise:
+                return photographs
+            return photographs.labelled(with_noise(photographs.labels, self.label_noise, self.split_seed))
+        images, labels = splits(load_digits, self.split_seed)[split]
+        return images, with_noise(labels, self.label_noise, self.split_seed) if split == "train" else labels
 
     def loss(self, model: nn.Module, batch: Examples, progress: Progress) -> Loss:
         images, labels = batch
@@ -69,6 +79,15 @@ class Classification(Task):
             "loss": Mean(float(nn.functional.cross_entropy(logits, labels, reduction="sum")), count),
             "accuracy": Mean(float((logits.argmax(1) == labels).sum()), count),
         }
+
+
+def with_noise(labels: Tensor, share: float, seed: int) -> Tensor:
+    """Labels [N] of which `share` (exactly, rounded) are another class, each other one as likely."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    noisy = labels.clone()
+    noisy[chosen] = (labels[chosen] + torch.randint(1, CLASSES, (len(chosen),), generator=generator)) % CLASSES
+    return noisy
 
 
 @cache

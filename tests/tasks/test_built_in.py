@@ -79,3 +79,15 @@ def test_the_closed_form_has_no_gradient():
     task.loss(model, (inputs.double(), targets.double()), None).total.backward()
     assert model.weight.grad.abs().max() < 1e-10
     assert [len(task.data(split)[1]) for split in ("train", "validation", "test")] == [30, 10, 10]
+
+
+def test_label_noise_makes_a_share_of_the_training_labels_wrong_and_no_others():
+    def labels(split, **more):
+        return Classification("digits", MLPSpec(name="mlp"), split_seed=3, **more).data(split)[1]
+
+    clean, noisy = labels("train"), labels("train", label_noise=0.2)
+    assert int((clean != noisy).sum()) == round(0.2 * len(clean))
+    assert noisy[clean != noisy].unique().tolist() == list(range(10))
+    assert torch.equal(noisy, labels("train", label_noise=0.2))
+    assert int((labels("train", label_noise=1.0) == clean).sum()) == 0
+    assert all(torch.equal(labels(split), labels(split, label_noise=0.2)) for split in ("validation", "test"))
