@@ -15,6 +15,8 @@ from distml.exchange.layout import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from distml.spec.schema import OptimizerSpec
+
 
 class PeerLost(Exception):
     """An exchange ended because a peer died, was lost or asked everyone to stop; the runtime decides what follows."""
@@ -166,6 +168,10 @@ class Channel(Protocol):
 
     def kept(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
         """The same without its vectors, which stay in shared memory for the driver; None: there is no such place."""
+        ...
+
+    def live_optimizer(self) -> OptimizerSpec:
+        """The block by which the servers update."""
         ...
 
 

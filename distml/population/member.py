@@ -19,14 +19,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from distml.errors import UsageError
+from distml.events import Evaluated, Failed, Finished, Report
 from distml.exchange.layout import Array, Layout
-from distml.runtime.cut import Cut
-from distml.runtime.group import WorkerGroup
-from distml.spec.schema import JobSpec
+from distml.population.alone import Alone
+from distml.population.grouped import Grouped
+from distml.population.transfer import copied
+from distml.runs.parts import MODEL
+from distml.runtime.cut import Cut, named_tensors
+from distml.runtime.group import Lost, WorkerGroup
+from distml.runtime.merge import ReportMerger
+from distml.spec.language_rules import task_tokens
+from distml.spec.schema import JobSpec, ParameterServerSpec
+from distml.strategies.agenda import PAUSED, stronger
 from distml.tasks.sources import SourceTree
 
+Kind = Literal["died", "failed", "not_finite"]
 MakeGroup = Callable[[JobSpec], WorkerGroup]
 
 
@@ -37,10 +47,11 @@ class MemberError(Exception):
         kind: "failed": an exception; "not_finite": loss or weights are NaN or inf; "died": a process of its own did.
         cause: one line.
         phase: what it was doing; `step`: its version then.
+        traceback: of the exception, or empty.
     """
 
-    def __init__(self, kind: str, cause: str, phase: str, step: int | None) -> None:
-        self.kind, self.cause, self.phase, self.step = kind, cause, phase, step
+    def __init__(self, kind: Kind, cause: str, phase: str, step: int | None, traceback: str = "") -> None:
+        self.kind, self.cause, self.phase, self.step, self.traceback = kind, cause, phase, step, traceback
         super().__init__(f"{phase}: {cause}" if step is None else f"{phase}, step {step}: {cause}")
 
 
@@ -89,13 +100,35 @@ class Member:
         directory: the member's own folder; logs of its workers go below it.
         injections: failures to cause, in the form of a training run (`kill:rank=0,step=40`).
         make_group: makes the group of a job with several workers; by default logical workers in this process.
+        start_weights: what `init` starts from: tensors by name.
+
+    Raises:
+        UsageError: its strategy's state is in no one place.
     """
 
     def __init__(
         self, job: JobSpec, sources: SourceTree, directory: Path, injections: tuple[str, ...] = (),
-        make_group: MakeGroup | None = None,
+        make_group: MakeGroup | None = None, start_weights: Mapping[str, Array] | None = None,
     ) -> None:  # fmt: skip
-        self.job = job
+        check(job)
+        self.job, self.sources, self.directory = job, sources, directory
+        self.training = self._training(injections, make_group, start_weights)
+        self.merger = ReportMerger(job.resources.workers, job.strategy.is_synchronous, task_tokens(job.task))
+        self.metrics: dict[str, float] = {}
+        self.evaluated_at = -1
+        self.is_closed = False
+
+    def _training(
+        self, injections: tuple[str, ...], make_group: MakeGroup | None, start_weights: Mapping[str, Array] | None
+    ) -> Alone | Grouped:
+        job = self.job
+        if job.resources.workers == 1 and not isinstance(job.strategy, ParameterServerSpec):
+            return Alone(job, self.sources, start_weights, injections)
+        if make_group is not None and job.resources.workers > 1:
+            return Grouped(job, make_group(job), start_weights)
+        from distml.runtime.inline import InlineRuntime
+
+        return Grouped(job, InlineRuntime(job, self.sources, injections, self.directory), start_weights)
 
     def build(self, start: Cut | None = None) -> Built:
         """Build task, stream and model, and load a whole state, if there is one to go on from.
@@ -103,7 +136,11 @@ class Member:
         Raises:
             UsageError: the task, the resources or the state do not fit.
         """
-        raise NotImplementedError
+        self.training.build()
+        if start is not None:
+            self.load(start)
+        layout = self.training.layout
+        return Built(layout, self.training.frozen(), layout.numel)
 
     def advance(self, until: int | None, keep: bool = False) -> Stand:
         """Train until version `until` (None: to the end of its own budget), and evaluate there.
@@ -114,29 +151,81 @@ class Member:
         Raises:
             MemberError: it failed.
         """
-        raise NotImplementedError
+        rows: list[dict[str, Any]] = []
+        finished: str | None = None
+        for event in self.training.run(until):
+            if isinstance(event, (Failed, Lost)):
+                raise self._error(event)
+            if isinstance(event, Report):
+                rows += self.merger.add(event)
+            elif isinstance(event, Evaluated):
+                self.evaluated_at = event.version
+                rows.append(self._row(event.version, event.metrics | {"timing/evaluate_s": event.seconds}))
+                finished = stronger(finished, event.finished)
+            elif isinstance(event, Finished):
+                finished = stronger(finished, event.reason)
+        rows += self.merger.flush()
+        step = self.training.version
+        if self.evaluated_at != step:  # it was there already
+            self.evaluated_at = step
+            rows.append(self._row(step, self.evaluate("validation")))
+        rows.sort(key=lambda row: row["step"])
+        for row in rows:
+            self.metrics |= {name: value for name, value in row.items() if "/" in name}
+        return Stand(step, dict(self.metrics), rows, None if finished == PAUSED else finished,
+                     self.state() if keep else None, self.merger.seconds)  # fmt: skip
+
+    def _row(self, step: int, values: Mapping[str, float]) -> dict[str, Any]:
+        return {"step": step, "wall_s": self.merger.seconds, **values}
+
+    def _error(self, event: Failed | Lost) -> MemberError:
+        if isinstance(event, Lost):
+            return MemberError("died", f"{event.role}: {event.cause}", event.phase, self.training.version)
+        kind: Kind = "not_finite" if event.not_finite else "failed"
+        return MemberError(kind, event.message, event.phase, event.version, event.traceback)
 
     def state(self) -> Cut:
         """A copy of the whole state: shared half, own halves; to be asked for between two calls of `advance`."""
-        raise NotImplementedError
+        return self.training.state()
 
     def load(self, cut: Cut) -> None:
-        """Go on from a whole state, with this member's own values: budget, stream and random states are the cut's."""
-        raise NotImplementedError
+        """Go on from a whole state, with this member's own values: budget, stream and random states are the cut's.
 
-    def copy(self, cut: Cut, job: JobSpec) -> dict[str, Any]:
+        Raises:
+            UsageError: it is of a model of another shape.
+        """
+        self._check_size(cut)
+        self.training.load(cut)
+        self.training.become(self.job)
+        clock = cut.shared["clock"]
+        seconds = max((float(half.get("train_seconds", 0.0)) for half in cut.own.values()), default=0.0)
+        totals = {"step": cut.version, "wall_s": seconds, "train/examples": int(clock["examples"]),
+                  "rl/frames": int(clock.get("frames", 0))}  # fmt: skip
+        self.merger.restore(cut.version, [totals])
+        self.metrics, self.evaluated_at = {}, -1
+
+    def copy(self, cut: Cut, job: JobSpec, watch: Sequence[str] = ()) -> dict[str, Any]:
         """Take another member's shared half, *then* `job`'s values; keep the own budget, stream and random states.
 
         What workers keep besides for their own weights (residuals, inner moments) is dropped with these weights.
 
         Returns:
-            applied: path -> value, read back from the live optimiser and task, of every path in which `job` differs
-            from the job before or the donor's optimiser.
+            applied: path -> value of each of `watch`, read back from the live optimiser, module, task and stream.
 
         Raises:
             UsageError: the other one's model has another shape.
         """
-        raise NotImplementedError
+        self._check_size(cut)
+        self.training.load(copied(*self.training.standing(), cut))
+        self.apply(job)
+        self.evaluated_at = -1
+        return self.live(watch)
+
+    def _check_size(self, cut: Cut) -> None:
+        theirs, own = int(cut.shared["weights"].size), self.training.layout.numel
+        if theirs != own:
+            raise UsageError(f"a state of {theirs:,} trained elements does not fit a model of {own:,}; a population "
+                             "copies weights between members; use kind: sweep")  # fmt: skip
 
     def apply(self, job: JobSpec) -> None:
         """Go on with another spec: in place below `optimizer.`, else task and stream are built anew.
@@ -147,20 +236,41 @@ class Member:
         Raises:
             UsageError: the model's shape would change; with the path.
         """
-        raise NotImplementedError
+        check(job)
+        self.training.become(job)
+        self.job = job
 
     def live(self, paths: Sequence[str]) -> dict[str, Any]:
         """Path -> value as what really computes has it: optimiser, module, task, stream; not as it was asked for."""
-        raise NotImplementedError
+        return self.training.live(paths)
 
     def evaluate(self, split: str) -> dict[str, float]:
         """The task's evaluation of a split with the weights of now, as `eval/NAME` or `test/NAME`."""
-        raise NotImplementedError
+        return self.training.evaluate(split)
 
     def model_arrays(self) -> dict[str, Array]:
         """Copies of all the model's tensors under their names."""
-        raise NotImplementedError
+        named = named_tensors(self.state(), self.training.layout, self.training.frozen())
+        return named[MODEL]
+
+    @property
+    def activity(self) -> tuple[str, float]:
+        """What it is doing, and for how many seconds it has not moved in it."""
+        return self.training.activity
 
     def close(self) -> None:
         """End processes and threads of its own; safe to call twice."""
-        raise NotImplementedError
+        if not self.is_closed:
+            self.is_closed = True
+            self.training.close()
+
+
+def check(job: JobSpec) -> None:
+    """Refuse a strategy whose state is in no one place.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if job.strategy.keeps_parts:
+        raise UsageError(f"strategy {job.strategy.label} keeps each rank's part of the state on disk, and a population "
+                         "copies states in memory; use strategy: all_reduce for its members")  # fmt: skip

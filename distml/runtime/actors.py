@@ -21,9 +21,8 @@ import os
 import socket
 import sys
 import threading
-import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ import ray
 from distml.events import Event, Failed, Interrupted
 from distml.exchange.channel import PULL, PeerLost
 from distml.exchange.layout import Array, Layout
-from distml.spec.schema import JobSpec
+from distml.spec.schema import JobSpec, OptimizerSpec
 from distml.tasks.sources import SourceTree
 
 if TYPE_CHECKING:
@@ -78,15 +77,6 @@ Answer = tuple["Reply", int, "Array | list[Any]"]
 INLINE_BYTES = 100_000
 
 
-def borrowed(array: Array) -> Tensor:
-    """A tensor in the array's own memory, for reading: Ray's is shared, and is not to be written to."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
-
-
 class RayChannel:
     """A worker's way to the server actors.
 
@@ -126,6 +116,8 @@ class RayChannel:
         """Wait until it is applied, pull one slice from each server."""
         ticket, calls = pushed
         awaited = f"gradient {ticket} of rank {self.rank} to be applied"
+        from distml.exchange.flat import borrowed
+
         answers: list[Answer] = self._get(calls, awaited)
         references = [piece[0] for _, _, piece in answers if isinstance(piece, list)]
         fetched = iter(self._get(references, awaited) if references else ())
@@ -153,6 +145,11 @@ class RayChannel:
     def kept(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
         """The servers keep it."""
         return None
+
+    def live_optimizer(self) -> OptimizerSpec:
+        """Server 0's."""
+        spec: OptimizerSpec = self._get([self.servers[0].live_optimizer.remote()], "the optimiser's block")[0]
+        return spec
 
     def judge(self, version: int, metrics: dict[str, float]) -> str | None:
         """Report an evaluation."""
@@ -197,6 +194,7 @@ class Way:
         rejoins: the others are at work already.
         keeps: the segment has room for states that are kept for a recovery.
         token: of all workers that are connected together (see `ranks_folder_name`).
+        until: the version at which the run ends for now.
     """
 
     host: str | None
@@ -208,6 +206,7 @@ class Way:
     rejoins: bool = False
     keeps: bool = False
     token: str = ""
+    until: int | None = None
 
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 1})
@@ -282,6 +281,16 @@ class WorkerActor:
             description["frozen"] = {name: to_numpy(t).copy() for name, t in strategy.frozen().items()}
         return description
 
+    def take(self, job_json: str) -> None:
+        """Another job, for the next `build`."""
+        self.job = JobSpec.model_validate_json(job_json, by_alias=True, by_name=False)
+
+    def live(self, paths: Sequence[str]) -> dict[str, Any]:
+        """Path -> value as this worker and its servers have it."""
+        from distml.population.live import live_values
+
+        return live_values(self.trainer, paths)
+
     def answer_probe(self, token: str) -> str | None:
         """Whether the driver's run directory is this process's too; else why not."""
         from distml.runs.probe import answer
@@ -325,6 +334,7 @@ class WorkerActor:
         if self.group is not None:
             self._leave_group()
         self.generation = way.generation
+        self.trainer.strategy.pause_at(way.until)
         self.trainer.save_parts_in(self.checkpoints, way.token)
         wire = self._join_wire(way) if way.host is not None else None
         channel: Any = None
@@ -528,6 +538,8 @@ class ServerActor:
         self._check_open()
         rank, ticket, phase = head if isinstance(head, tuple) else (head.rank, head.ticket, head.phase)
         if phase != PULL:
+            from distml.exchange.flat import borrowed
+
             self.shard.hold(rank, ticket, self.shard.decoded(phase, borrowed(gradient)))
         answer: asyncio.Future[Answer]
         answer = self.waiting[rank, ticket] = asyncio.get_running_loop().create_future()
@@ -653,6 +665,14 @@ class ServerActor:
             del self.gathering[number], self.gathered[number]
             answer.set_result([board[r] for r in range(size)])
         return await answer
+
+    async def take(self, job_json: str) -> None:
+        """Another job, for the next `build`."""
+        self.job = JobSpec.model_validate_json(job_json, by_alias=True, by_name=False)
+
+    async def live_optimizer(self) -> OptimizerSpec:
+        """The block by which this shard is updated."""
+        return self.shard.optimizer.spec
 
     async def captured(self, version: int) -> dict[str, Any] | None:
         """This shard's state at a version, if it is still there; it is handed over once."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from distml.events import Event
 from distml.exchange.layout import Array, Layout
 from distml.runtime.cut import Cut
+from distml.spec.schema import JobSpec
 
 DIFFERENT_MODELS = (
     "build_model gave different weights on different ranks; draw them from torch's, numpy's or Python's global "
@@ -52,8 +53,30 @@ class WorkerGroup(Protocol):
         """What a plan of the run wants to know of rank 0 (`tasks/traced.py`), once it is built."""
         ...
 
-    def begin(self, cut: Cut | None) -> None:
-        """Connect everyone, load `cut` (None: the weights that were built), and start to train."""
+    def begin(self, cut: Cut | None, until: int | None = None) -> None:
+        """Connect everyone, load `cut` (None: the weights that were built), and start to train.
+
+        May be called again when all have finished.
+
+        Args:
+            until: the version at which the run ends for now, as `PAUSED`.
+        """
+        ...
+
+    def load(self, cut: Cut | None, until: int | None = None) -> None:
+        """What `begin` does, but nobody starts: `live` can be asked."""
+        ...
+
+    def take(self, job: JobSpec) -> Description:
+        """Build another job with the same processes; `begin` it from a cut.
+
+        Raises:
+            UsageError: the task does not fit.
+        """
+        ...
+
+    def live(self, paths: Sequence[str]) -> dict[str, Any]:
+        """Path of the spec -> value as what computes has it, once a state is loaded."""
         ...
 
     def events(self) -> Iterator[Event | Lost]:

@@ -30,7 +30,7 @@ from distml.exchange.process_group import ring_bytes
 from distml.loop import Trainer, failure, random_states, set_random_states
 from distml.runtime.cut import Cut, join_captures
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
-from distml.spec.schema import JobSpec, ParameterServerSpec
+from distml.spec.schema import JobSpec, OptimizerSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda
 from distml.strategies.parameter_server import Clock, ParameterServer, answered_range
 from distml.strategies.shard import Entry, Shard
@@ -284,6 +284,10 @@ class InlineChannel:
         self.servers.commit(entries)
         return verdict
 
+    def live_optimizer(self) -> OptimizerSpec:
+        """The shards'."""
+        return self.servers.shards[0].optimizer.spec
+
     def all_gather(self, payload: bytes) -> list[bytes]:
         """Everyone's payload."""
         return self.board.meet(self.rank, payload)[1]
@@ -318,7 +322,12 @@ class InlineRuntime:
                              "and inline is one; use --runtime ray, or set resources.workers to 1")  # fmt: skip
         torch.set_num_threads(self.job.resources.cpus_per_worker)
         self.sources.install()
-        self.states = []
+        self.start_weights = start_weights
+        return self._build()
+
+    def _build(self) -> Description:
+        start_weights = self.start_weights
+        self.trainers, self.states = [], []
         for rank in range(self.size):
             trainer = Trainer(self.job, build_task(self.job), rank, self.size, injections=self.injections)
             try:
@@ -343,8 +352,25 @@ class InlineRuntime:
 
         return plan_facts(self.job, self.trainers[0].task)
 
-    def begin(self, cut: Cut | None) -> None:
+    def take(self, job: JobSpec) -> Description:
+        """Build every worker's replica anew."""
+        self.job = job
+        return self._build()
+
+    def live(self, paths: Sequence[str]) -> dict[str, Any]:
+        """Of rank 0."""
+        from distml.population.live import live_values
+
+        return live_values(self.trainers[0], paths)
+
+    def begin(self, cut: Cut | None, until: int | None = None) -> None:
         """Connect and load."""
+        self.load(cut, until)
+
+    def load(self, cut: Cut | None, until: int | None = None) -> None:
+        """Connect and load."""
+        for trainer in self.trainers:
+            trainer.strategy.pause_at(until)
         strategy = self.trainers[0].strategy
         choose = in_rank_order(self.size) if self.job.strategy.is_synchronous else drawn(
             self.job.seed, list(self.job.inline.speeds or [1.0] * self.size))  # fmt: skip
@@ -373,6 +399,7 @@ class InlineRuntime:
         if self.size == 1:
             set_random_states(self.states[0])
             yield from self._guarded(0)
+            self.states[0] = random_states()
             return
         self.threads = [threading.Thread(target=self._run, args=(rank,), daemon=True) for rank in range(self.size)]
         for thread in self.threads:
@@ -398,6 +425,7 @@ class InlineRuntime:
                     return
                 self.handled.clear()
         finally:
+            self.states[rank] = random_states()
             self.queue.put(None)
             self.baton.leave(rank)
 

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -76,11 +76,16 @@ class RayRuntime:
         address: of a running cluster; None: RAY_ADDRESS, the surrounding job's cluster, else a private Ray.
         directory: the run directory.
         injections: failures to cause.
+        place: a placement group that somebody else removes, and its bundles for the workers.
+        recovers: keep states to go back to when a process dies.
     """
 
     def __init__(
-        self, job: JobSpec, sources: SourceTree, address: str | None, directory: Path, injections: tuple[str, ...] = ()
-    ) -> None:
+        self, job: JobSpec, sources: SourceTree, address: str | None, directory: Path, injections: tuple[str, ...] = (),
+        place: PlacementGroup | None = None, recovers: bool = True,
+    ) -> None:  # fmt: skip
+        self.given_place, self.snapshot_every = place, SNAPSHOT_EVERY if recovers else None
+        self.until: int | None = None
         self.job, self.sources, self.address, self.injections = job, sources, address, injections
         self.directory = str(directory.resolve())
         self.size = job.resources.workers
@@ -118,7 +123,7 @@ class RayRuntime:
         self.owns_ray = connect(self.address, needed, self.job.limits.start_s)
         check_resources(self.job, self.owns_ray)
         self.start_weights = start_weights
-        self.group = self._place()
+        self.group = self.given_place or self._place()
         places = placement_group_table(self.group)["bundles_to_node_id"]
         self.bundles = in_rank_order(places, ray.get_runtime_context().get_node_id())
         self.transport = choose(self.job, self._nodes())
@@ -130,11 +135,30 @@ class RayRuntime:
             self._build_workers(list(range(self.size)))
             self._check_shared_memory()
             self._check_directory()
+        self.built_weights = self.workers[0].start_weights.remote() if self.servers else None
+        return self._description()
+
+    def _description(self) -> Description:
         facts = self.facts[0]
         self.layout = Layout.from_json(facts["layout"])
-        self.built_weights = self.workers[0].start_weights.remote() if self.servers else None
         hosts = sorted({f["host"] for f in self.facts.values()})
         return Description(self.layout, facts["frozen"], str(self.transport), hosts)
+
+    def take(self, job: JobSpec) -> Description:
+        """Build another job in the same processes; its resources and strategy are as before."""
+        self.job, self.job_json = job, job.model_dump_json(by_alias=True)
+        with self._starting():
+            calls = {f"rank {rank}": worker.take.remote(self.job_json) for rank, worker in self.workers.items()}
+            calls |= {f"server {index}": server.take.remote(self.job_json) for index, server in self.servers.items()}
+            self._ask(calls, "another job to be taken")
+            self._build_workers(list(range(self.size)))
+        return self._description()
+
+    def live(self, paths: Sequence[str]) -> dict[str, Any]:
+        """Rank 0's."""
+        with self._starting():
+            values: dict[str, Any] = self._ask({"rank 0": self.workers[0].live.remote(paths)}, "its values")[0]
+        return values
 
     def plan_facts(self) -> dict[str, Any]:
         """Rank 0's."""
@@ -237,7 +261,7 @@ class RayRuntime:
         options = worker.options(
             num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, scheduling_strategy=place
         )
-        return options.remote(rank, self.job_json, self.directory, SNAPSHOT_EVERY, self.injections)
+        return options.remote(rank, self.job_json, self.directory, self.snapshot_every, self.injections)
 
     def _server(self, index: int) -> Any:
         server: Any = ServerActor
@@ -317,12 +341,24 @@ class RayRuntime:
             raise RunError(f"{lost.cause} (while waiting for {lost.awaited})", role=lost.role, phase="start") from None
 
     # ------------------------------------------------------------------------------------------------------ connecting
-    def begin(self, cut: Cut | None) -> None:
+    def begin(self, cut: Cut | None, until: int | None = None) -> None:
         """Connect everyone and load `cut`, then let the workers train."""
+        self.until = until
         with self._starting():
             self._begin(cut)
 
+    def load(self, cut: Cut | None, until: int | None = None) -> None:
+        """Connect everyone and load `cut`."""
+        self.until = until
+        with self._starting():
+            self._load(cut)
+
     def _begin(self, cut: Cut | None) -> None:
+        self._load(cut)
+        for rank in self.workers:
+            self._start(rank)
+
+    def _load(self, cut: Cut | None) -> None:
         self.generation += 1
         if self.servers:
             self._load_servers(cut)
@@ -332,8 +368,6 @@ class RayRuntime:
         calls = {f"rank {rank}": w.load.remote(shared, own.get(rank)) for rank, w in self.workers.items()}
         self._ask(calls, "the state to be loaded")
         self.finished = set()
-        for rank in self.workers:
-            self._start(rank)
 
     def _worker_share(self, cut: Cut) -> dict[str, Any]:
         """What workers need of the shared half: moments stay with the servers where there are some."""
@@ -341,7 +375,7 @@ class RayRuntime:
 
     def _load_servers(self, cut: Cut | None) -> None:
         facts, handles = self.facts[0], [self.servers[index] for index in sorted(self.servers)]
-        plan = (facts["layout"], facts["agenda"], facts["phases"], handles)
+        plan = (facts["layout"], {**facts["agenda"], "until": self.until}, facts["phases"], handles)
         places = self._ask({f"server {i}": s.build.remote(*plan) for i, s in enumerate(handles)}, "its start")
         self.places |= {f"server {index}": place for index, place in enumerate(places)}
         if cut is not None:
@@ -361,7 +395,8 @@ class RayRuntime:
             host = "127.0.0.1" if len(hosts) == 1 else self.facts[0]["address"]
             port = self._ask({"rank 0": self.workers[0].open_rendezvous.remote(host)}, "the rendezvous")[0]
         handles = [self.servers[index] for index in sorted(self.servers)]
-        ways = dict.fromkeys(ranks, Way(host, port, handles, self.generation, token=secrets.token_hex(4)))
+        ways = dict.fromkeys(ranks, Way(host, port, handles, self.generation, token=secrets.token_hex(4),
+                                        until=self.until))  # fmt: skip
         if shares:
             found = self._segments() if segment is None else [(hosts[0], segment)]
             ways = {rank: replace(way, segment=one, pids=[self.facts[r]["pid"] for r in neighbours],
@@ -706,7 +741,7 @@ class RayRuntime:
     def _close(self) -> None:
         for actor in [*self.workers.values(), *self.servers.values()]:
             ray.kill(actor, no_restart=True)
-        if self.group is not None:
+        if self.group is not None and self.given_place is None:
             remove_placement_group(self.group)
         if self.owns_ray:
             ray.shutdown()

@@ -58,6 +58,11 @@ def applied_optimizer(job: JobSpec) -> OptimizerSpec:
     return spec.model_copy(update=changes)
 
 
+def written_optimizer(spec: OptimizerSpec, job: JobSpec) -> OptimizerSpec:
+    """The block as a job writes it, of which `applied_optimizer` made this one; else this one."""
+    return job.optimizer if spec == applied_optimizer(job) else spec
+
+
 def group_values(spec: OptimizerSpec, group: int, version: int, budget: int | None) -> dict[str, float]:
     """The live learning rate and weight decay of a group at `version`; group k + 1 is the spec's k-th."""
     own = spec.groups[group - 1] if group else None

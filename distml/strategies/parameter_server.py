@@ -44,10 +44,10 @@ from distml.exchange.compression.build import build_compressor
 from distml.exchange.flat import TAIL, from_numpy, to_numpy
 from distml.exchange.layout import Array, Layout
 from distml.exchange.segment import Regions
-from distml.spec.schema import JobSpec, ParameterServerSpec
+from distml.spec.schema import JobSpec, OptimizerSpec, ParameterServerSpec
 from distml.strategies.agenda import SNAPSHOT_AFTER_S, Agenda, Spent, crossed
 from distml.strategies.base import Strategy
-from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale
+from distml.strategies.optimizer import FlatOptimizer, block_square_norms, clip_scale, written_optimizer
 from distml.strategies.replica import Replica
 from distml.strategies.shard import Entry, shard_range
 from distml.strategies.tally import Tally
@@ -572,6 +572,9 @@ class ParameterServer(Replica):
             self.carried.set_average(from_numpy(reply.carried))
             self.carried.load(reply.integers)
         self._advance(spent_by(reply), reply.finished, reply.duties)
+
+    def live_optimizer(self) -> OptimizerSpec:
+        return written_optimizer(self.channel.live_optimizer(), self.job)
 
     def own_state(self) -> dict[str, Any]:
         return {} if self.compressor is None else self.compressor.state()

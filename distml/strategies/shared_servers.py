@@ -36,7 +36,7 @@ from distml.exchange.flat import TAIL, Carried, FlatModel, from_numpy, to_numpy
 from distml.exchange.layout import Array
 from distml.exchange.segment import KEPT, Regions, kept_regions
 from distml.exchange.shared_memory import POLL_S, Host, Words, host_regions, is_finite
-from distml.spec.schema import JobSpec, ParameterServerSpec
+from distml.spec.schema import JobSpec, OptimizerSpec, ParameterServerSpec
 from distml.strategies.agenda import Agenda
 from distml.strategies.in_place import pieces
 from distml.strategies.optimizer import FlatOptimizer
@@ -164,6 +164,10 @@ class SharedServers:
         """Begin from a shared half; one worker does it for all."""
         if self.creates:
             self._begin(from_numpy(shared["weights"]), shared)
+
+    def live_optimizer(self) -> OptimizerSpec:
+        """This worker's, when it is the servers."""
+        return self.shards[0].optimizer.spec
 
     def captured(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
         """The shared half at the version that this worker reads, or None if its moments are no longer there."""

@@ -20,7 +20,13 @@ from distml.exchange.segment import Regions
 from distml.exchange.shared_memory import SharedMemoryGroup
 from distml.spec.schema import JobSpec, OptimizerSpec
 from distml.strategies.in_place import InPlaceUpdate, sync_regions
-from distml.strategies.optimizer import FlatOptimizer, applied_optimizer, block_square_norms, clip_scale
+from distml.strategies.optimizer import (
+    FlatOptimizer,
+    applied_optimizer,
+    block_square_norms,
+    clip_scale,
+    written_optimizer,
+)
 from distml.strategies.replica import Replica
 
 
@@ -70,7 +76,7 @@ class Single(Replica):
 
     def live_optimizer(self) -> OptimizerSpec:
         spec = self.optimizer.spec if self.in_place is None else self.in_place.live_optimizer()
-        return self.job.optimizer if spec == applied_optimizer(self.job) else spec
+        return written_optimizer(spec, self.job)
 
     def regions(self, size: int, keeps: bool) -> Regions:
         return sync_regions(self.flat, list(self.optimizer.moments), size, keeps)
