@@ -112,6 +112,11 @@ class Host(Protocol):
         """Members at the same time."""
         ...
 
+    @property
+    def hosts(self) -> Sequence[str]:
+        """Names of the machines that members run on."""
+        ...
+
     def start(self, member: str, job: JobSpec, state: Handle | None = None, watch: Sequence[str] = ()) -> None:
         """Build a member in a free slot: answered by `Ready`.
 
