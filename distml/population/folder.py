@@ -1,0 +1,101 @@
+"""A member's own folder in a population's run directory: DIR/members/NN, which is a run directory itself.
+
+spec.yaml (with its newest values; runs as it is)   metrics.jsonl   result.json   checkpoints/
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distml.population.individual import Individual, Values
+from distml.runs.checkpoints import CheckpointStore, folder_name
+from distml.runs.directory import RunDirectory
+from distml.runs.files import write_atomically
+from distml.spec.language_rules import RUN_TOKENIZER
+from distml.spec.loader import LoadedSpec, with_values
+from distml.spec.population import PopulationSpec
+from distml.spec.schema import JobSpec
+
+MEMBERS = "members"
+STATUS = {"goal": "goal_met", None: "done"}
+
+
+class MemberFolder:
+    """One member's spec, metrics, result and checkpoints.
+
+    Args:
+        loaded: the population's spec.
+        root: the population's run directory.
+        name: of the member, two digits or more.
+    """
+
+    def __init__(self, loaded: LoadedSpec[PopulationSpec], root: Path, name: str) -> None:
+        assert loaded.base is not None
+        self.base, self.job, self.name, self.root = loaded.base, loaded.job, name, root
+        self.path = root / MEMBERS / name
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.directory = RunDirectory(self.path)
+        # The one that population.json names stays until a newer population.json is there.
+        self.store = CheckpointStore(self.directory.checkpoints, max(2, self.job.checkpoint.keep))
+
+    def spec(self, values: Values) -> LoadedSpec[JobSpec]:
+        """The member's job with these values: evaluated and cut at every decision.
+
+        Raises:
+            UsageError: the base does not take these values together.
+        """
+        every, best = self.job.every, self.base.job.checkpoint
+        checkpoint = {**best.model_dump(mode="python"), "every": every, "keep": self.job.checkpoint.keep}
+        return with_values(self.base, values, name=f"{self.job.name[:90]}-{self.name}", evaluate={"every": every},
+                           checkpoint=checkpoint)  # fmt: skip
+
+    def write_spec(self, spec: LoadedSpec[JobSpec]) -> None:
+        """Keep the newest one."""
+        write_atomically(self.directory.spec, spec.dump(), durable=False)
+
+    def prepare(self, files: Mapping[str, str]) -> None:
+        """Put what a spec needs beside it.
+
+        Args:
+            files: the user's own: relative path -> text.
+        """
+        for name, text in files.items():
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.path / name).write_text(text, encoding="utf-8")
+        if (self.root / RUN_TOKENIZER).exists():
+            shutil.copyfile(self.root / RUN_TOKENIZER, self.path / RUN_TOKENIZER)
+        self.directory.result.update(durable=False, status="running", error=None)
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Reports of training."""
+        for row in rows:
+            self.directory.metrics.append(dict(row))
+
+    def finish(self, one: Individual, status: str, metric: str) -> None:
+        """Say how the member ended.
+
+        Args:
+            status: of a member whose own run is not over.
+            metric: the objective.
+        """
+        record, steps = one.record, self.store.steps()
+        best = self.store.best(metric)
+        error = None if record.error is None else {"rank": "member", "phase": "", "step": record.held.step,
+                                                   "message": record.error}  # fmt: skip
+        if record.error is not None:
+            status = "failed"
+        elif record.reason is not None:
+            missed = self.base.job.stop.goal is not None and record.reason != "goal"
+            status = "goal_missed" if missed else STATUS.get(record.reason, "done")
+        self.directory.result.update(
+            durable=False, status=status, step=record.held.step, wall_s=record.seconds, metrics=dict(one.metrics),
+            best=None if best is None else {"metric": metric, "step": best[0], "value": best[1]}, error=error,
+            checkpoint=f"checkpoints/{folder_name(steps[-1])}" if steps else None,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Close the files; checkpoints in line are written."""
+        self.directory.metrics.close()
