@@ -113,7 +113,7 @@ class PopulationRun:
 
     def train(self) -> None:
         """To the end; result.json says how it ended."""
-        self.began = time.perf_counter()
+        self.began, self.shown_at = time.perf_counter(), time.monotonic()
         self.display.start(f"population of {self.job.members}, {self.host.slots} at a time, {self.job.base.task.name}, "
                            f"{self.job.base.strategy.label}")  # fmt: skip
         for one in self.members.values():
@@ -486,6 +486,7 @@ class PopulationRun:
 
     # --------------------------------------------------------------------------------------------------------- the end
     def _finish(self, reason: str) -> None:
+        wall_s = self.wall_s
         status = "interrupted" if reason == "requested" else "done"
         if self.goal is not None and reason != "requested":
             status = "goal_met" if reason == "goal" else "goal_missed"
@@ -504,7 +505,7 @@ class PopulationRun:
         for line in closing_table(self.members.values(), ranked(self._scores(), self.mode), self.metric):
             self.display.note(line)
         checkpoint = best and f"{MEMBERS}/{best['member']}/checkpoints/{folder_name(int(best['step']))}"
-        self.directory.result.update(status=status, step=self.total_steps, wall_s=self.wall_s, metrics=metrics,
+        self.directory.result.update(status=status, step=self.total_steps, wall_s=wall_s, metrics=metrics,
                                      best=best, checkpoint=checkpoint, error=None)  # fmt: skip
 
     def _keep_all(self) -> None:

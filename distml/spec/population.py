@@ -25,7 +25,7 @@ class TournamentSpec(Block):
 
 
 class NoExploitSpec(Block):
-    """Nobody copies anybody."""
+    """Nobody copies anybody: a member explores by itself at every decision. With `explore: none`: random search."""
 
     name: Literal["none"]
 
