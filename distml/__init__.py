@@ -8,15 +8,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from distml.launch.run import Result, run
+    from distml.launch.submit.handle import submit
     from distml.spec.loader import load_spec
     from distml.tasks.base import Accumulator, Loss, Mean, Part, Progress, Stream, Task
 
-__all__ = ["Accumulator", "Loss", "Mean", "Part", "Progress", "Result", "Stream", "Task", "load_spec", "run"]
+__all__ = ["Accumulator", "Loss", "Mean", "Part", "Progress", "Result", "Stream", "Task", "load_spec", "run", "submit"]
 
 _HOMES = {
     **dict.fromkeys(("Accumulator", "Loss", "Mean", "Part", "Progress", "Stream", "Task"), "distml.tasks.base"),
     **dict.fromkeys(("Result", "run"), "distml.launch.run"),
     "load_spec": "distml.spec.loader",
+    "submit": "distml.launch.submit.handle",
 }
 
 

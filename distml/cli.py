@@ -52,6 +52,12 @@ class Listing(str, Enum):
 
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A spec's file, or a shipped job's name.")]
+AddressOption = Annotated[
+    str | None, typer.Option(metavar="URL", help="A cluster's dashboard; by default RAY_API_SERVER_ADDRESS.")
+]
+JobArgument = Annotated[
+    str, typer.Argument(metavar="RUN|ID", help="A run directory with a job.json; with --address also a job's id.")
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec; repeatable.")
@@ -257,6 +263,78 @@ def run(
     return code
 
 
+# --------------------------------------------------------------------------------------------------------- on a cluster
+@app.command()
+@_verb
+def submit(
+    spec: SpecArgument,
+    address: AddressOption = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print its log; exit as the job does.")] = False,
+    overrides: SetOption = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="K[=V]", help="A variable of the job's processes, visible to all users of the cluster; repeatable."
+        ),
+    ] = None,
+    working_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Whose files are sent; by default the current directory.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Gets job.json; its name is the run's on the cluster. By default runs/NAME.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move the run's directory on the cluster aside.")] = False,
+) -> int:
+    """Run a job on a cluster; the same again goes on from its newest checkpoint there."""
+    from distml.launch.submit.command import submit_command
+
+    return submit_command(
+        spec=spec, overrides=list(overrides or ()), address=address, follow=follow, env=list(env or ()),
+        working_dir=working_dir, out=out, fresh=fresh,
+    )  # fmt: skip
+
+
+@app.command()
+@_verb
+def status(job: JobArgument, address: AddressOption = None) -> int:
+    """Say what has become of a submitted job."""
+    from distml.launch.submit.command import status_command
+
+    return status_command(target=job, address=address)
+
+
+@app.command()
+@_verb
+def logs(
+    job: JobArgument,
+    address: AddressOption = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="To its end; exit as the job does.")] = False,
+) -> int:
+    """Print the log of a submitted job."""
+    from distml.launch.submit.command import logs_command
+
+    return logs_command(target=job, address=address, follow=follow)
+
+
+@app.command()
+@_verb
+def stop(job: JobArgument, address: AddressOption = None) -> int:
+    """End a submitted job, say what it has saved; exit 0, also if it was over before."""
+    from distml.launch.submit.command import stop_command
+
+    return stop_command(target=job, address=address)
+
+
+@app.command()
+@_verb
+def jobs(address: AddressOption = None) -> None:
+    """List the jobs of a cluster."""
+    from distml.launch.submit.command import jobs_command
+
+    rows = jobs_command(address=address)
+    _print_table(rows[0], rows[1:])
+
+
 @app.command()
 @_verb
 def plan(
@@ -387,6 +465,21 @@ def tokenize(
         settings={key: value for key, value in data.items() if value is not None},
     )  # fmt: skip
     return code
+
+
+cluster_app = typer.Typer(help="Cluster files: for ray up, KubeRay and distml plan.")
+app.add_typer(cluster_app, name="cluster")
+
+
+@cluster_app.command("check")
+@_verb
+def cluster_check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="YAML for ray up, KubeRay or distml plan.")],
+) -> int:
+    """Say what would go wrong with a cluster file, without starting anything; exit 2 if anything would."""
+    from distml.launch.check.command import cluster_check as check
+
+    return check(files)
 
 
 def _integers(option: str, texts: list[str]) -> list[int]:
