@@ -40,6 +40,8 @@ class MemberFolder:
         self.directory = RunDirectory(self.path)
         # The one that population.json names stays until a newer population.json is there.
         self.store = CheckpointStore(self.directory.checkpoints, max(2, self.job.checkpoint.keep))
+        self._newest: tuple[dict[str, Any], LoadedSpec[JobSpec]] | None = None
+        self._written: dict[str, Any] | None = None
 
     def spec(self, values: Values) -> LoadedSpec[JobSpec]:
         """The member's job with these values: evaluated and cut at every decision.
@@ -47,14 +49,20 @@ class MemberFolder:
         Raises:
             UsageError: the base does not take these values together.
         """
+        if self._newest is not None and self._newest[0] == values:
+            return self._newest[1]
         every, best = self.job.every, self.base.job.checkpoint
         checkpoint = {**best.model_dump(mode="python"), "every": every, "keep": self.job.checkpoint.keep}
-        return with_values(self.base, values, name=f"{self.job.name[:90]}-{self.name}", evaluate={"every": every},
-                           checkpoint=checkpoint)  # fmt: skip
+        name = f"{self.job.name[:90]}-{self.name}"
+        spec = with_values(self.base, values, name=name, evaluate={"every": every}, checkpoint=checkpoint)
+        self._newest = dict(values), spec
+        return spec
 
-    def write_spec(self, spec: LoadedSpec[JobSpec]) -> None:
-        """Keep the newest one."""
-        write_atomically(self.directory.spec, spec.dump(), durable=False)
+    def write_spec(self, values: Values) -> None:
+        """Keep the spec with these values."""
+        if self._written != values:
+            write_atomically(self.directory.spec, self.spec(values).dump(), durable=False)
+            self._written = dict(values)
 
     def prepare(self, files: Mapping[str, str]) -> None:
         """Put what a spec needs beside it.

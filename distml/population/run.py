@@ -105,7 +105,7 @@ class PopulationRun:
         for one in self.members.values():
             folder = self.folders[one.name]
             folder.prepare(self.context.sources.files)
-            folder.write_spec(folder.spec(one.own.values))
+            folder.write_spec(one.own.values)
             folder.directory.metrics.cut_back(one.own.step or -1)
         self.whole = {name: one.record for name, one in self.members.items()}
         self.durable = dict(self.whole)
@@ -366,8 +366,6 @@ class PopulationRun:
         self._check(one, order.requested, applied)
         one.order = None
         one.copies += order.event == "copy"
-        folder = self.folders[one.name]
-        folder.write_spec(folder.spec(order.requested))
         if order.event == "replace":
             one.own = held  # its record stays what was decided last: a resume meets the loss once more
         else:
@@ -573,7 +571,7 @@ def check_reported(metric: str, metrics: Mapping[str, float]) -> None:
 
 def make_host(context: OverContext, job: PopulationSpec, injections: Mapping[str, tuple[str, ...]]) -> Host:
     """The host that a population's context asks for."""
-    from distml.runtime.members import InlineHost, RayHost
+    from distml.runtime.members import InlineHost
 
     directory, slots = context.directory.path / MEMBERS, min(job.max_concurrent or job.members, job.members)
     if context.where == "inline":

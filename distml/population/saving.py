@@ -125,6 +125,7 @@ class Saver:
             return
         extra = {"wall_s": record.seconds, RECORD: finite(record_to_json(record))}
         self.folders[name].store.write(self._checkpoint(record.held, extra))
+        self.folders[name].write_spec(record.held.values)
         self.saved[name] = record.held.step
 
     def _checkpoint(self, held: Held, extra: Mapping[str, Any]) -> Checkpoint:
