@@ -178,7 +178,7 @@ class RowSpace(DecisionSpace):
 
     @staticmethod
     def _options(spec: StagesSpace, row: StageSpec) -> tuple[tuple[Any, ...], ...]:
-        channels = [max(1, round(row.channels * factor / CHANNELS_OF)) * CHANNELS_OF for factor in spec.channels]
+        channels = [max(1, int(row.channels * factor / CHANNELS_OF + 0.5)) * CHANNELS_OF for factor in spec.channels]
         layers = [max(1, row.layers + more) for more in spec.layers]
         return (STAGE_OPERATIONS, KERNELS, SQUEEZES, SKIPS, *(tuple(dict.fromkeys(n)) for n in (channels, layers)))
 

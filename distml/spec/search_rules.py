@@ -9,6 +9,7 @@ from typing import Any
 from distml.errors import UsageError
 from distml.spec.messages import Problem, near, shorten
 from distml.spec.nas import NasSpec
+from distml.spec.nas_rules import check_nas
 from distml.spec.over_jobs import OverJobs
 from distml.spec.population import NoExploitSpec, PopulationSpec
 from distml.spec.rl import ActingBlock
@@ -60,6 +61,7 @@ def _problems(job: OverJobs, variant: Variant) -> Iterator[Problem]:
         yield from _sweep(job, space)
     else:
         yield from _reward(job)
+        yield from check_nas(job)
 
 
 # ---------------------------------------------------------------------------------------------------------------- paths
