@@ -27,6 +27,7 @@ from distml.launch import hf
 from distml.launch.plan.command import memory_advice
 from distml.launch.plan.running import plan_of_run
 from distml.launch.plan.text import key_lines
+from distml.launch.submit.remote import runs_root
 from distml.population.context import OverContext, OverRun, has_begun
 from distml.runs.checkpoints import CheckpointStore, resolve_source
 from distml.runs.directory import Result as ResultRecord
@@ -107,7 +108,8 @@ def run(
     Args:
         spec: a file, a shipped job's name, or the spec as a dict.
         overrides: dotted keys and values.
-        out: the run directory; `runs/NAME` by default. An unfinished run there is resumed.
+        out: the run directory; `runs/NAME` by default, in a Ray job `~/distml-runs/NAME`. An unfinished run there is
+            resumed.
         runtime: `inline` or `ray`; by default inline for one worker.
         address: of a running Ray cluster.
         fresh: move what is in `out` to `out.1` first.
@@ -131,7 +133,7 @@ def run(
         alone = job.resources.workers == 1 and not job.resources.gpus_per_worker
         where = runtime or ("inline" if alone else "ray")
         check_injections(inject, job, where)
-    path = Path(out) if out is not None else Path("runs") / job.name
+    path = Path(out) if out is not None else runs_root() / job.name
     display = display or SilentDisplay()
     with RunDirectory.open(path, fresh=fresh) as directory:
         earlier = directory.result.read()

@@ -19,6 +19,7 @@ from pathlib import Path
 NEEDED = ("ray", "torch", "numpy", "pydantic", "PyYAML", "typer", "rich", "safetensors", "psutil")
 OFTEN_NEEDED = ("gymnasium", "scikit-learn", "tokenizers", "tensorboard", "matplotlib")
 ROOT = "DISTML_RUNS"
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for a job's driver
 RESULT_MARK = "::distml-result "  # the client takes this line out of the log
 USAGE = 2
 
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
         arguments: the run's name, the spec, and options of `distml run`.
     """
     run, spec, *options = arguments
-    out = root() / run
+    out = runs_root() / run
     lacking = missing(NEEDED)
     if lacking:
         print(f"error: {lacking_line(lacking)}", flush=True)
@@ -47,8 +48,10 @@ def main(arguments: list[str]) -> int:
     return code
 
 
-def root() -> Path:
-    """Where runs are kept on the cluster."""
+def runs_root() -> Path:
+    """Where runs are kept: in a Ray job not in the current directory, which Ray removes after the job."""
+    if IN_JOB not in os.environ:
+        return Path("runs")
     return Path(os.environ.get(ROOT) or "~/distml-runs").expanduser()
 
 
