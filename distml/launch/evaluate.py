@@ -24,6 +24,7 @@ from distml.runs.checkpoints import Checkpoint, CheckpointDamaged, CheckpointSto
 from distml.runs.directory import Result as ResultRecord
 from distml.runs.directory import RunDirectory
 from distml.runs.files import finite, strict_json
+from distml.runs.over import best_run
 from distml.runs.units import number
 from distml.runtime.authentication import prepare_authentication
 from distml.spec.loader import load_spec, load_train
@@ -68,13 +69,13 @@ def load_model(run: Path | str, report: Report | None = None) -> TrainedModel:
     """The run's task and its model with the best checkpoint's weights; without `checkpoint.best` the last one's.
 
     Args:
-        run: a run directory.
+        run: a run directory; for a job over jobs stands its best member or trial.
         report: called with one line for each damaged checkpoint that was passed over; by default it goes to stderr.
 
     Raises:
         UsageError: there is no run, no good checkpoint, or the task does not fit the checkpoint any more.
     """
-    directory = RunDirectory.view(run)
+    directory = RunDirectory.view(the_best(Path(run)))
     if directory.read_spec_text() is None:
         raise UsageError(f"{directory.path} has no spec.yaml, so its task is not known")
     loaded = load_train(directory.spec)
@@ -88,6 +89,18 @@ def load_model(run: Path | str, report: Report | None = None) -> TrainedModel:
     spent = Spent.of(checkpoint.state["clock"])
     progress = Progress(spent.version, spent.examples, spent.frames, Agenda(loaded.job).fraction(spent))
     return TrainedModel(directory.path, loaded.job, task, model, progress)
+
+
+def the_best(run: Path) -> Path:
+    """The run directory itself; of a job over jobs that of its best member or trial.
+
+    Raises:
+        UsageError: that one kept no weights, or there is none.
+    """
+    found = best_run(run)
+    if found != RunDirectory.view(run).path and not CheckpointStore(found / "checkpoints", keep=1).steps():
+        raise UsageError(f"{run} kept no weights of its best, {found.name}; train it again: distml run {run}/best.yaml")
+    return found
 
 
 def best_checkpoint(directory: RunDirectory, report: Report) -> Checkpoint:
@@ -179,11 +192,11 @@ def evaluate_command(run: Path, split: str) -> int:
     """
     if split not in PREFIXES:
         raise UsageError(f"unknown split {split!r}; known: {', '.join(PREFIXES)}")
-    directory = RunDirectory.view(run)
+    directory = RunDirectory.view(the_best(run))
     if directory.read_spec_text() is not None and isinstance(load_spec(directory.spec).job, RLlibSpec):
         scores = _rllib_scores(directory, split)
     else:
-        trained = load_model(run)
+        trained = load_model(directory.path)
         if split == "train" and isinstance(trained.job.task, ActingBlock):
             raise UsageError(f"task {trained.job.task.name} acts and has no train split; known: validation, test")
         with _threads(trained.job.resources.cpus_per_worker):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-BEST, OTHERS, FAILED = COLOURS[1], "#9a9a9a", "#c8c8c8"
+BEST, OTHERS, FAILED, LOST = COLOURS[1], "#9a9a9a", "#c8c8c8", "#c00000"
 MAP = "viridis"
 MAX_AXES = 12
 FEW = 25  # so many rows have their names and markers
@@ -51,15 +51,15 @@ def _is_wide(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) > _LOG_RATIO
 
 
-def _log_axis(axes: Axes, which: str) -> None:
-    """Plain numbers at powers of ten, at 1, 2 and 5 where there are few of those."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _log_axis(axes: Axes, which: str, prefixes: bool = False) -> None:
+    """Plain numbers (or k, M, G) at powers of ten, at 1, 2 and 5 where there are few of those."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(EngFormatter() if prefixes else FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -106,13 +106,13 @@ def draw_lineage(lineage: Lineage, objective: Objective, best: str) -> bytes:
         _draw_life(axes, lineage, name, row, norm, colours, few)
     pieces = lineage.ancestry(best)
     _draw_copies(axes, lineage, rows, pieces)
-    _draw_ancestry(axes, pieces, rows, few)
+    _draw_ancestry(axes, lineage, pieces, rows, few)
     axes.set_yticks(range(len(order)) if few else [0], order if few else [best], fontsize=8 if few else 9)
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.set_ylabel("member, the best on top" if few else f"{len(order)} members, the best on top")
     axes.set_xlabel("step of the member")
     num_lost = sum(copy.replaced for copy in lineage.copies)
-    lost = f", {num_lost} of them by members that were lost (red)" if num_lost else ""
+    lost = f", {num_lost} of them (red) in place of a member that failed" if num_lost else ""
     axes.set_title(f"Who copied whom: {len(lineage.copies)} copies{lost}; broad: how member {best} came to be",
                    fontsize=11)  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)
@@ -150,19 +150,22 @@ def _draw_copies(axes: Axes, lineage: Lineage, rows: Mapping[str, int], pieces: 
     for copy in copies:
         if copy.donor not in rows:
             continue
-        colour = "#c00000" if copy.replaced else "#444444"
+        colour = LOST if copy.replaced else "#444444"
         axes.annotate("", (copy.step, rows[copy.member]), (copy.donor_step, rows[copy.donor]), arrowprops={
             "arrowstyle": "-|>", "color": colour, "alpha": max(faint, 0.7 if copy.replaced else 0.0),
             "linewidth": 0.9, "shrinkA": 0, "shrinkB": 1, "mutation_scale": 7,
             "connectionstyle": "arc3,rad=0.08"})  # fmt: skip
 
 
-def _draw_ancestry(axes: Axes, pieces: Sequence[Piece], rows: Mapping[str, int], few: bool) -> None:
+def _draw_ancestry(axes: Axes, lineage: Lineage, pieces: Sequence[Piece], rows: Mapping[str, int], few: bool) -> None:
     width = 2.2 if few else 1.6
     for piece in pieces:
         axes.plot([piece.first, piece.last], [rows[piece.member]] * 2, color=BEST, linewidth=width, zorder=4,
                   solid_capstyle="butt")  # fmt: skip
+    replaced = {(copy.member, copy.step) for copy in lineage.copies if copy.replaced}
     for before, after in itertools.pairwise(pieces):
+        if (after.member, after.first) in replaced:  # above the broad arrow: it stands for both
+            axes.plot(after.first, rows[after.member], "o", color=LOST, markersize=5, zorder=6)
         axes.annotate("", (after.first, rows[after.member]), (before.last, rows[before.member]), zorder=5, arrowprops={
             "arrowstyle": "-|>", "color": BEST, "linewidth": width, "shrinkA": 0, "shrinkB": 0,
             "mutation_scale": 12})  # fmt: skip
@@ -392,8 +395,9 @@ def _best_panel(
     failed = [i + 1 for i, trial in enumerate(ended) if trial.event == "failed"]
     if failed:
         axes.scatter(failed, [0.0] * len(failed), transform=axes.get_xaxis_transform(), marker="|", s=60,
-                     color="#c00000", clip_on=False, label="failed")  # fmt: skip
+                     color=LOST, clip_on=False, label="failed")  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(0.5, len(ended) + 0.5)
     axes.set_xlabel("trials that have ended")
     axes.set_ylabel(objective.metric)
     axes.set_title(f"Best so far: {objective.metric}", fontsize=11)
@@ -430,7 +434,7 @@ def draw_front(
         axes.plot(*zip(*edge, strict=True), color=COLOURS[0], marker="o", markersize=5, linewidth=1.6,
                   drawstyle="steps-post" if is_cost else "default", label=f"Pareto front ({len(edge)})")  # fmt: skip
         if is_cost and (_is_wide([x for x, _ in places]) or max(x for x, _ in places) > 1e4):
-            axes.set_xscale("log")
+            _log_axis(axes, "x", prefixes=True)
     chosen = next((at for trial in ended if trial.name == best and (at := place(trial)) is not None), None)
     if chosen is not None:
         axes.plot(*chosen, "*", markersize=14, color=BEST, zorder=5, label=f"the best, {best}")

@@ -3,68 +3,66 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distml.errors import UsageError
 from distml.runs.directory import RunDirectory
 from distml.runs.files import finite, strict_json, write_atomically
 from distml.runs.history import Goal, History
+from distml.runs.over import best_run, kind_of
+from distml.runs.over_report import show_over
+from distml.runs.page import (
+    cell,
+    columns,
+    console,
+    error_line,
+    grid,
+    page,
+    picture,
+    status_of,
+    table_section,
+    write_report,
+)
 from distml.runs.plots import Curve, Panel, draw
-from distml.runs.units import byte_size, duration, number
+from distml.runs.units import byte_size, duration
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-_PLAIN_WIDTH = 120  # columns of what does not go to a terminal
+SCORES = ("metric", "last", "best")
 _MAX_COMPARED_METRICS = 3
 _NUMBER_AT_END = re.compile(r"_\d+(\.\d+)?(e-?\d+)?$")
 
 
 # ----------------------------------------------------------------------------------------------------------------- show
 def show(run: Path) -> None:
-    """Print a run's table and write its report.html.
+    """Print a run's table and write its report.html, of a job over jobs also its pictures.
 
     Raises:
         UsageError: there is no run there, or one of its files is not readable.
     """
-    from rich.console import Console
-    from rich.text import Text
-
     history = History.load(run)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, _PLAIN_WIDTH)
-    console.print(_grid(_summary(history), title=history.name))
-    if scores := _scores(history):
-        console.print(_score_table(scores))
-    path = RunDirectory(history.path).report
-    try:
-        write_atomically(path, _page(history), durable=False)
-        note = f"report: {path}"
-    except OSError as error:  # someone else's run, perhaps: the table is worth having all the same
-        note = f"no report.html: {error.strerror or error}"
-    console.print(Text(note), soft_wrap=True)
+    if kind_of(history) is not None:
+        show_over(history)
+        return
+    summary, scores = _summary(history), _scores(history)
+    screen = console()
+    screen.print(grid(summary, title=history.name))
+    if scores:
+        screen.print(columns(SCORES, scores))
+    sections = [table_section("Scores", SCORES, scores), _plots_section(history), _episode_section(history)]
+    write_report(history, page(history, summary, sections), screen)
 
 
 def _summary(history: History) -> dict[str, str]:
     """What a run was and what became of it, as label and text; only what there is."""
     spec, result = history.spec, history.result
-    error, best = result.error, result.best
+    best = result.best
     restarts = history.last("runtime/restarts")
-    status = history.status
-    if status == "died":
-        status = "died: it was running, and its process is gone; the same `distml run` resumes it"
-    elif history.holder is not None:
-        status += f" ({history.holder})"
     entries = {
-        "status": status,
-        "error": "" if error is None else _error_line(error),
+        "status": status_of(history),
+        "error": error_line(result.error),
         "task": _named(spec.get("task")),
         "algorithm": f"{spec['algorithm']} of RLlib" if "algorithm" in spec else "",
         "environment": str(_section(spec, "environment").get("id", "")),
@@ -83,7 +81,7 @@ def _summary(history: History) -> dict[str, str]:
         "sent": "" if (sent := history.last("comm/bytes")) is None else byte_size(sent),
         "restarts": f"{restarts:.0f}" if restarts else "",
         "checkpoint": result.checkpoint or "none",
-        "best": "" if best is None else f"{best.get('metric')} {_cell(best.get('value'))} at step {best.get('step')}",
+        "best": "" if best is None else f"{best.get('metric')} {cell(best.get('value'))} at step {best.get('step')}",
     }
     return {label: text for label, text in entries.items() if text}
 
@@ -100,8 +98,7 @@ def _scores(history: History) -> list[tuple[str, str, str]]:
         name for name in history.result.metrics if name.startswith(("eval/", "test/")) and name not in names
     )
     return [
-        (name, _cell(history.last(name)), _cell(history.best(name)) if name.startswith("eval/") else "")
-        for name in names
+        (name, cell(history.last(name)), cell(history.best(name)) if name.startswith("eval/") else "") for name in names
     ]
 
 
@@ -122,99 +119,11 @@ def _is_budget(key: str, value: Any) -> bool:
     return value is not None and key not in ("goal", "patience")
 
 
-def _error_line(error: Mapping[str, Any]) -> str:
-    where = [f"rank {error['rank']}" if isinstance(error.get("rank"), int) else str(error.get("rank") or "")]
-    where += [str(error.get("phase") or ""), "" if error.get("step") is None else f"step {error['step']}"]
-    return ": ".join(part for part in (", ".join(filter(None, where)), str(error.get("message", ""))) if part)
-
-
-def _cell(value: object) -> str:
-    return number(value) if isinstance(value, int | float) else "-"
-
-
-def _grid(entries: Mapping[str, str], title: str) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE, show_header=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, text in entries.items():
-        table.add_row(label, Text(text, style="red" if label == "error" else ""))
-    return table
-
-
-def _score_table(scores: Sequence[tuple[str, str, str]]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE)
-    for heading in ("metric", "last", "best"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
-    for row in scores:
-        table.add_row(*map(Text, row))
-    return table
-
-
 # ---------------------------------------------------------------------------------------------------------- report.html
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; }
-h1 { margin-bottom: .2rem; } h2 { margin-top: 2rem; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; } td, th { padding: .15rem 1.2rem .15rem 0; text-align: left; vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } td.label { color: #555; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1rem; }
-.plots img { width: 100%; } .error { color: #a40000; }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px; }
-"""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
-def _page(history: History) -> str:
-    """The whole page: it loads nothing from anywhere, and what the run wrote is text in it, never markup."""
-    title = html.escape(history.name)
-    summary = "".join(
-        f'<tr><td class="label">{html.escape(label)}</td><td class="{_text_class(label)}">'
-        f"{html.escape(text)}</td></tr>\n"
-        for label, text in _summary(history).items()
-    )
-    environment = json.dumps(history.environment, indent=1, ensure_ascii=False)
-    sections = [
-        f"<h1>{title}</h1>\n<p>{html.escape(str(history.path))}</p>\n<table>\n{summary}</table>",
-        _scores_section(history),
-        _plots_section(history),
-        _episode_section(history),
-        f"<h2>Spec</h2>\n<pre>{html.escape(history.spec_text)}</pre>" if history.spec_text else "",
-        f"<h2>Environment</h2>\n<pre>{html.escape(environment)}</pre>" if history.environment else "",
-    ]
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _text_class(label: str) -> str:
-    return "error" if label == "error" else "text"
-
-
-def _scores_section(history: History) -> str:
-    rows = "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="number">{last}</td><td class="number">{best}</td></tr>\n'
-        for name, last, best in _scores(history)
-    )
-    heading = '<tr><th>metric</th><th class="number">last</th><th class="number">best</th></tr>'
-    return f"<h2>Scores</h2>\n<table>\n{heading}\n{rows}</table>" if rows else ""
-
-
 def _plots_section(history: History) -> str:
     images = []
     for panel in _panels(history):
-        data = base64.b64encode(draw([panel])).decode()
-        images.append(f'<img alt="{html.escape(panel.title)}" src="data:image/png;base64,{data}">')
+        images.append(picture(panel.title, draw([panel])))
     return '<h2>Plots</h2>\n<div class="plots">\n' + "\n".join(images) + "\n</div>" if images else ""
 
 
@@ -269,7 +178,7 @@ def compare(runs: Sequence[Path], out: Path) -> str:
     """Hold runs against each other: write compare.png and compare.json, return the table.
 
     Args:
-        runs: run directories.
+        runs: run directories; for a job over jobs stands its best member or trial.
         out: the folder that the two files go to; made if it is not there.
 
     Raises:
@@ -277,7 +186,7 @@ def compare(runs: Sequence[Path], out: Path) -> str:
     """
     if not runs:
         raise UsageError("nothing to compare: name at least one run directory")
-    histories = [History.load(run) for run in runs]
+    histories = [History.load(best_run(run)) for run in runs]
     labels = _labels(histories)
     facts = [_facts(history, label) for history, label in zip(histories, labels, strict=True)]
     try:
@@ -351,7 +260,7 @@ def _comparison_table(facts: Sequence[Mapping[str, Any]], metrics: Sequence[str]
         cells = [fact["name"], fact["strategy"], fact["status"], _count(fact["steps"]), _count(fact["examples"])]
         cells += [f"{fact['seconds']:.1f}", "-" if fact["bytes"] is None else byte_size(fact["bytes"])]
         cells += [
-            f"{_cell(fact['final'][name])} ({_cell(fact['best'][name])})" if name in fact["final"] else "-"
+            f"{cell(fact['final'][name])} ({cell(fact['best'][name])})" if name in fact["final"] else "-"
             for name in metrics
         ]
         if has_goal:
