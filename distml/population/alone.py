@@ -24,6 +24,7 @@ from distml.tasks.build import build_task, describe
 from distml.tasks.data import DatasetStream
 from distml.tasks.sources import SourceTree
 
+IDLE = "idle"  # a trainer's activity while it is not asked for anything
 RULES: TypeAdapter[OptimizerSpec] = TypeAdapter(OptimizerSpec)
 
 
@@ -119,12 +120,17 @@ class Alone:
                 self.begins_anew = trainer.stream.state() is None
             except Exception as error:
                 yield failure(trainer, error)
+            finally:
+                trainer.activity = IDLE
 
     def evaluate(self, split: str) -> dict[str, float]:
         """With the weights of now."""
         with self._own_random():
             self.trainer.activity = "evaluate"
-            return self.trainer.evaluate(split)
+            try:
+                return self.trainer.evaluate(split)
+            finally:
+                self.trainer.activity = IDLE
 
     # ---------------------------------------------------------------------------------------------------------- state
     def standing(self) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:

@@ -116,7 +116,7 @@ class Member:
         self.merger = ReportMerger(job.resources.workers, job.strategy.is_synchronous, task_tokens(job.task))
         self.metrics: dict[str, float] = {}
         self.evaluated_at = -1
-        self.is_closed = False
+        self.is_built = self.is_closed = False
 
     def _training(
         self, injections: tuple[str, ...], make_group: MakeGroup | None, start_weights: Mapping[str, Array] | None
@@ -137,6 +137,7 @@ class Member:
             UsageError: the task, the resources or the state do not fit.
         """
         self.training.build()
+        self.is_built = True
         if start is not None:
             self.load(start)
         layout = self.training.layout
@@ -254,15 +255,21 @@ class Member:
         return named[MODEL]
 
     @property
+    def step(self) -> int | None:
+        """Its version; None: it is not built yet."""
+        return self.training.version if self.is_built else None
+
+    @property
     def activity(self) -> tuple[str, float]:
         """What it is doing, and for how many seconds it has not moved in it."""
-        return self.training.activity
+        return self.training.activity if self.is_built else ("start", 0.0)
 
     def close(self) -> None:
         """End processes and threads of its own; safe to call twice."""
         if not self.is_closed:
             self.is_closed = True
-            self.training.close()
+            if self.is_built or isinstance(self.training, Grouped):  # which may have started something
+                self.training.close()
 
 
 def check(job: JobSpec) -> None:

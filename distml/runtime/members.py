@@ -1,11 +1,20 @@
-"""Hosts of members (`population/host.py`): in this process, or one Ray actor per slot."""
+"""Members in this process: a host (`population/host.py`) that carries out one command at a time. Deterministic.
+
+`RayHost`, with an actor per slot, is in `ray_members.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from distml.population.host import Answer, Handle
+from distml.errors import UsageError
+from distml.exchange.layout import Array
+from distml.population.host import Answer, Gone, Handle
+from distml.population.seat import Seat
 from distml.runtime.cut import Cut
 from distml.spec.schema import JobSpec
 from distml.tasks.sources import SourceTree
@@ -22,69 +31,92 @@ class InlineHost:
         directory: where members have their folders; a member's is `directory / name`.
         slots: members at the same time.
         injections: member -> failures to cause (`kill:rank=0,step=40`), when it is started for the first time.
-    """
-
-    def __init__(
-        self, base: JobSpec, sources: SourceTree, directory: Path, slots: int, injections: Injections | None = None
-    ) -> None:
-        raise NotImplementedError
-
-
-class RayHost:
-    """A Ray actor per slot, which holds one member after the other. Connects to Ray, or starts a private one.
-
-    Args:
-        base: what all members have in common: resources, limits.
-        sources: the user's files.
-        directory: where members have their folders; a member's is `directory / name`. Logs of the slots' processes are
-            in `directory.parent / "logs"`.
-        slots: members at the same time, as many as are wanted; on a running cluster there are at most as many as fit.
-        address: of a running Ray cluster; None: RAY_ADDRESS, the surrounding job's, else a private Ray.
-        injections: member -> failures to cause (`kill:rank=0,step=40`), when it is started for the first time.
+        start_weights: what `init` starts from.
 
     Raises:
-        UsageError: no cluster at the address, or not even one member fits.
+        UsageError: the base asks for GPUs.
     """
 
     def __init__(
-        self, base: JobSpec, sources: SourceTree, directory: Path, slots: int, address: str | None = None,
-        injections: Injections | None = None,
+        self, base: JobSpec, sources: SourceTree, directory: Path, slots: int, injections: Injections | None = None,
+        start_weights: Mapping[str, Array] | None = None,
     ) -> None:  # fmt: skip
-        raise NotImplementedError
-
-
-class _Face:
-    """What both have, as `population/host.py` says."""
+        if base.resources.gpus_per_worker:
+            raise UsageError("resources.gpus_per_worker needs --runtime ray: inline members share one process on "
+                             "the CPU")  # fmt: skip
+        self.sources, self.directory, self.num_slots = sources, directory, slots
+        self.injections, self.start_weights = dict(injections or {}), start_weights
+        self.seats: dict[str, Seat] = {}
+        self.commands: deque[tuple[str, Callable[[], Answer]]] = deque()
+        self.gone: set[str] = set()
 
     @property
     def slots(self) -> int:
-        raise NotImplementedError
+        """Members at the same time."""
+        return self.num_slots
 
     @property
     def hosts(self) -> Sequence[str]:
-        """Names of the machines that members run on."""
-        raise NotImplementedError
+        """This one."""
+        return [socket.gethostname()]
 
     def start(self, member: str, job: JobSpec, state: Handle | None = None, watch: Sequence[str] = ()) -> None:
-        raise NotImplementedError
+        """Build a member in a free slot."""
+        if len(self.seats) >= self.num_slots:
+            raise RuntimeError(f"no free slot for member {member}: {self.num_slots} are taken")
+        seat = self.seats[member] = Seat(self.sources, self.directory, self.start_weights)
+        self.gone.discard(member)
+        injections = self.injections.pop(member, ())
+        self._tell(member, lambda: seat.start(member, job, state, watch, injections))
 
     def advance(self, member: str, until: int | None, keep: bool) -> None:
-        raise NotImplementedError
+        """Train a member."""
+        self._tell(member, lambda: self.seats[member].advance(member, until, keep))
 
     def copy(self, member: str, state: Handle, job: JobSpec, keep: bool = False) -> None:
-        raise NotImplementedError
+        """Let a member take a state's shared half, then a job's values."""
+        self._tell(member, lambda: self.seats[member].copy(member, lambda: state, job, keep))
+
+    def _tell(self, member: str, command: Callable[[], Answer]) -> None:
+        if member in self.gone:
+            return
+        if member not in self.seats:
+            raise KeyError(f"there is no member {member}")
+        self.commands.append((member, command))
 
     def release(self, member: str) -> None:
-        raise NotImplementedError
+        """End a member now; what it was told and has not done is dropped."""
+        self._forget(member)
+        seat = self.seats.pop(member, None)
+        if seat is not None:
+            seat.release()
+
+    def _forget(self, member: str) -> None:
+        self.commands = deque(row for row in self.commands if row[0] != member)
 
     def fetch(self, state: Handle) -> Cut:
-        raise NotImplementedError
+        """The handle is the state."""
+        cut: Cut = state
+        return cut
 
     def put(self, state: Cut) -> Handle:
-        raise NotImplementedError
+        """The same."""
+        return state
 
     def wait(self, timeout_s: float) -> list[Answer]:
-        raise NotImplementedError
+        """Carry out the oldest command; nothing happens where there is none."""
+        if not self.commands:
+            return []
+        member, command = self.commands.popleft()
+        answer = command()
+        if isinstance(answer, Gone):
+            self._forget(member)
+            self.seats.pop(member, None)
+            self.gone.add(member)
+        return [answer]
 
     def close(self) -> None:
-        raise NotImplementedError
+        """End all members."""
+        for member in list(self.seats):
+            with contextlib.suppress(Exception):  # the others must still be closed
+                self.release(member)

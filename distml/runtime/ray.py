@@ -548,10 +548,7 @@ class RayRuntime:
     def _end(self, role: str) -> None:
         """SIGKILL the process of `role`, on whatever node it runs."""
         if role in self.places:
-            node, pid = self.places.pop(role)
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
-            killer = ray.remote(num_cpus=0)(end_process).options(scheduling_strategy=there)
-            ray.wait([killer.remote(pid)], timeout=self.job.limits.heartbeat_s + 5.0)
+            kill(*self.places.pop(role), timeout_s=self.job.limits.heartbeat_s + 5.0)
         actor = self._living(role).get(int(role.split()[1]))
         if actor is not None:
             ray.kill(actor, no_restart=True)
@@ -745,6 +742,13 @@ class RayRuntime:
             remove_placement_group(self.group)
         if self.owns_ray:
             ray.shutdown()
+
+
+def kill(node: str, pid: int, timeout_s: float) -> None:
+    """SIGKILL a process on whatever node it runs."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    killer = ray.remote(num_cpus=0)(end_process).options(scheduling_strategy=there)
+    ray.wait([killer.remote(pid)], timeout=timeout_s)
 
 
 def server_nodes(placement: str, alive: Mapping[str, bool], workers: list[str], count: int) -> list[str]:

@@ -1,0 +1,383 @@
+"""Members on Ray: a host (`population/host.py`) with one actor per slot, which holds one member after the other.
+
+`RayHost` is the one class that owns slots' actors. Its consumer decides about members: it gives commands, which are
+actor calls that a slot's process carries out one after the other (`slot.py`), and waits for answers. Every wait has a
+limit: a member must be built within `limits.start_s`; each process is pinged every `heartbeat_s`, and one that gives no
+answer for `lost_after_s` is ended (SIGKILL, so that a stopped one goes too), as is one that blocks in its own work ten
+times as long. Its member is then `Gone`, and the slot's next member has a new process. A private Ray ends with the
+host. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from distml.exchange.layout import Array
+from distml.memory import out_of_memory_kills
+from distml.population.host import Advanced, Answer, Copied, Gone, Handle, Ready
+from distml.runtime.actors import patience_s
+from distml.runtime.cut import Cut
+from distml.runtime.deaths import cause_of_death
+from distml.runtime.endings import close_within
+from distml.runtime.ray import check_resources, connect, diverted_output, kill
+from distml.spec.schema import JobSpec
+from distml.tasks.sources import SourceTree
+
+Injections = Mapping[str, tuple[str, ...]]
+POLL_S = 0.2
+CLOSE_PATIENCE_S = 5.0
+
+
+class Kept:
+    """A handle: a state in the process where a member has left it, or in the object store.
+
+    Args:
+        actor: the process, and `token` its number there.
+        reference: in the object store.
+        dropped: where the number goes when nobody refers to this any more; whoever talks to the process passes it on.
+    """
+
+    def __init__(self, actor: Any, token: int, reference: Any, dropped: deque[int] | None) -> None:
+        self._actor, self._token, self._reference = actor, token, reference
+        self._lock = threading.Lock()
+        if dropped is not None:  # not a call: this may run within any other one, on any thread
+            weakref.finalize(self, dropped.append, token)
+
+    def reference(self) -> Any:
+        """In the object store, where its process puts it now if it has not yet."""
+        with self._lock:
+            if self._reference is None:
+                self._reference = self._actor.give.remote(self._token)
+                self._actor = None
+            return self._reference
+
+
+@dataclass
+class Slot:
+    """One slot, and what is under way in it.
+
+    Attributes:
+        calls: of the member that is in it, in their order: what is awaited, and the phase it is.
+        heard: when it last answered anything; None: its process has not begun.
+        asked: when it was last pinged.
+        started: when its member was told to start; until it is built.
+        dropped: numbers of states that its process may forget.
+    """
+
+    index: int
+    place: PlacementGroup | None = None
+    actor: Any = None
+    member: str | None = None
+    calls: dict[Any, str] = field(default_factory=dict)
+    hello: Any = None
+    process: tuple[str, int] | None = None
+    heard: float | None = None
+    asked: float = 0.0
+    ping: Any = None
+    started: float | None = None
+    phase: str = "start"
+    step: int | None = None
+    dropped: deque[int] = field(default_factory=deque)
+    kept: weakref.WeakSet[Kept] = field(default_factory=weakref.WeakSet)
+
+    def take_dropped(self) -> list[int]:
+        """The numbers that are to be passed on."""
+        return [self.dropped.popleft() for _ in range(len(self.dropped))]
+
+
+class RayHost:
+    """A Ray actor per slot, which holds one member after the other. Connects to Ray, or starts a private one.
+
+    Args:
+        base: what all members have in common: resources, limits.
+        sources: the user's files.
+        directory: where members have their folders; a member's is `directory / name`. Logs of the slots' processes are
+            in `directory.parent / "logs"`.
+        slots: members at the same time, as many as are wanted; on a running cluster there are at most as many as fit.
+        address: of a running Ray cluster; None: RAY_ADDRESS, the surrounding job's, else a private Ray.
+        injections: member -> failures to cause (`kill:rank=0,step=40`), when it is started for the first time.
+        start_weights: what `init` starts from.
+
+    Raises:
+        UsageError: no cluster at the address, or not even one member fits.
+    """
+
+    def __init__(
+        self, base: JobSpec, sources: SourceTree, directory: Path, slots: int, address: str | None = None,
+        injections: Injections | None = None, start_weights: Mapping[str, Array] | None = None,
+    ) -> None:  # fmt: skip
+        self.base, self.sources, self.directory = base, sources, directory.resolve()
+        self.injections = dict(injections or {})
+        self.gone: set[str] = set()
+        self.answers: list[Answer] = []
+        self.kills_before = out_of_memory_kills()
+        self.quiet = contextlib.ExitStack()
+        self.quiet.enter_context(diverted_output(self.directory.parent / "logs" / "ray.log"))
+        self.all_slots: list[Slot] = []
+        resources = base.resources
+        self.owns_ray = False
+        try:
+            each = resources.workers * resources.cpus_per_worker
+            self.owns_ray = connect(address, slots * each, base.limits.start_s)
+            check_resources(base, self.owns_ray)
+        except BaseException:
+            self.close()
+            raise
+        self.num_slots = max(1, min(slots, fitting(base)))
+        self.all_slots = [Slot(index) for index in range(self.num_slots)]
+        self.start_weights = ray.put(dict(start_weights)) if start_weights is not None else None
+
+    @property
+    def slots(self) -> int:
+        """Members at the same time."""
+        return self.num_slots
+
+    @property
+    def hosts(self) -> Sequence[str]:
+        """Names of the cluster's machines."""
+        return sorted({str(node["NodeManagerHostname"]) for node in ray.nodes() if node["Alive"]})
+
+    # ------------------------------------------------------------------------------------------------------- commands
+    def start(self, member: str, job: JobSpec, state: Handle | None = None, watch: Sequence[str] = ()) -> None:
+        """Build a member in a free slot; one whose process is there comes first."""
+        free = sorted(
+            (slot for slot in self.all_slots if slot.member is None), key=lambda s: (s.actor is None, s.index)
+        )
+        if not free:
+            raise RuntimeError(f"no free slot for member {member}: {self.num_slots} are taken")
+        slot = free[0]
+        if slot.actor is None:
+            self._launch(slot)
+        self.gone.discard(member)
+        slot.member, slot.calls, slot.step, slot.started = member, {}, None, time.monotonic()
+        slot.phase = "start"
+        known = [state.reference()] if state is not None else []
+        job_json, injections = job.model_dump_json(by_alias=True), self.injections.pop(member, ())
+        slot.calls[slot.actor.start.remote(member, job_json, known, list(watch), injections)] = "start"
+
+    def advance(self, member: str, until: int | None, keep: bool) -> None:
+        """Train a member."""
+        slot = self._slot_of(member)
+        if slot is not None:
+            slot.calls[slot.actor.advance.remote(member, until, keep, slot.take_dropped())] = "train"
+
+    def copy(self, member: str, state: Handle, job: JobSpec, keep: bool = False) -> None:
+        """Let a member take a state's shared half, then a job's values."""
+        slot = self._slot_of(member)
+        if slot is not None:
+            job_json = job.model_dump_json(by_alias=True)
+            slot.calls[slot.actor.copy.remote(member, [state.reference()], job_json, keep)] = "copy"
+
+    def _slot_of(self, member: str) -> Slot | None:
+        """Where a member is; None: it is gone, which is said or about to be."""
+        slot = next((slot for slot in self.all_slots if slot.member == member), None)
+        if slot is None and member not in self.gone:
+            raise KeyError(f"there is no member {member}")
+        return slot
+
+    def release(self, member: str) -> None:
+        """End a member; what it kept goes into the object store, for its process may end before its handles do."""
+        slot = next((slot for slot in self.all_slots if slot.member == member), None)
+        if slot is None:
+            return
+        for kept in list(slot.kept):
+            kept.reference()
+        slot.actor.release.remote(slot.take_dropped())
+        slot.member, slot.calls, slot.started = None, {}, None
+
+    def fetch(self, state: Handle) -> Cut:
+        """A state, here; its arrays are for reading."""
+        try:
+            cut: Cut = ray.get(state.reference(), timeout=patience_s(self.base))
+        except ray.exceptions.RayError as error:
+            raise LookupError(f"a member's state was lost with its process ({type(error).__name__})") from error
+        return cut
+
+    def put(self, state: Cut) -> Handle:
+        """Into the object store."""
+        return Kept(None, 0, ray.put(state), None)
+
+    # -------------------------------------------------------------------------------------------------------- waiting
+    def wait(self, timeout_s: float) -> list[Answer]:
+        """What has happened."""
+        deadline = time.monotonic() + timeout_s
+        while not self.answers:
+            left = deadline - time.monotonic()
+            self._listen(min(POLL_S, max(0.0, left)))
+            for slot in self.all_slots:
+                if slot.actor is not None:
+                    self._look_at(slot)
+            if left <= 0:
+                break
+        found, self.answers = self.answers, []
+        return found
+
+    def _listen(self, patience_s: float) -> None:
+        """Wait for the next answer, and take all that are there."""
+        awaited = [call for slot in self.all_slots for call in slot.calls]
+        if not awaited:
+            time.sleep(patience_s)
+        elif ray.wait(awaited, num_returns=1, timeout=patience_s)[0]:
+            ready, _ = ray.wait(awaited, num_returns=len(awaited), timeout=0)
+            for slot in self.all_slots:
+                for call in [call for call in slot.calls if call in ready]:
+                    self._take(slot, call)
+
+    def _take(self, slot: Slot, call: Any) -> None:
+        """The answer to one of a slot's calls, unless that went with its member."""
+        phase = slot.calls.get(call)
+        if phase is None:
+            return
+        try:
+            answer: Answer = ray.get(call)
+        except ray.exceptions.RayTaskError as error:  # a defect: nothing that a member does raises
+            raise RuntimeError(f"slot {slot.index} failed in {phase}: {error}") from error
+        except ray.exceptions.RayError as error:
+            self._lose(slot, self._cause(error), phase)
+            return
+        del slot.calls[call]
+        slot.heard = time.monotonic()
+        self.answers.append(self._taken(slot, answer))
+
+    def _taken(self, slot: Slot, answer: Answer) -> Answer:
+        """An answer, with a handle for the state that was left in the slot's process."""
+        if isinstance(answer, Ready):
+            slot.started = None
+        if isinstance(answer, Gone):
+            self._empty(slot)
+            self.gone.add(answer.member)
+        if isinstance(answer, Advanced):
+            slot.step = answer.step
+        if isinstance(answer, (Advanced, Copied)) and answer.state is not None:
+            kept = Kept(slot.actor, answer.state, None, slot.dropped)
+            slot.kept.add(kept)
+            return replace(answer, state=kept)
+        return answer
+
+    def _look_at(self, slot: Slot) -> None:
+        """Ping a slot's process; end one that is silent, blocks, or takes too long to start."""
+        limits, now = self.base.limits, time.monotonic()
+        if slot.started is not None and now - slot.started > limits.start_s:
+            self._end(slot, f"it was not built within {limits.start_s:g} s; see logs/slot-{slot.index}.log, or raise "
+                            "limits.start_s")  # fmt: skip
+        elif slot.process is None or slot.heard is None:
+            self._hear_hello(slot)
+        elif slot.ping is None:
+            if now - slot.asked >= limits.heartbeat_s:
+                slot.ping, slot.asked = slot.actor.ping.remote(), now
+        elif ray.wait([slot.ping], timeout=0)[0]:
+            self._hear_ping(slot)
+        elif now - max(slot.asked, slot.heard) > limits.lost_after_s:
+            self._end(slot, f"it gave no answer for {limits.lost_after_s:g} s (stopped or cut off) and was ended")
+
+    def _hear_hello(self, slot: Slot) -> None:
+        if not ray.wait([slot.hello], timeout=0)[0]:
+            return
+        try:
+            node, pid, _ = ray.get(slot.hello)
+        except ray.exceptions.RayError as error:
+            self._lose(slot, self._cause(error), "start")
+            return
+        slot.process, slot.heard = (node, pid), time.monotonic()
+
+    def _hear_ping(self, slot: Slot) -> None:
+        try:
+            activity, motionless_s, step = ray.get(slot.ping)
+        except ray.exceptions.RayError as error:
+            self._lose(slot, self._cause(error), slot.phase)
+            return
+        slot.ping, slot.heard, slot.phase = None, time.monotonic(), activity
+        slot.step = slot.step if step is None else step
+        if motionless_s > patience_s(self.base):
+            self._end(slot, f"it has not moved in {activity} for {motionless_s:.0f} s and was ended; if that is no "
+                            "block, raise limits.lost_after_s")  # fmt: skip
+
+    def _cause(self, error: Exception) -> str:
+        """Why a process died, in one line."""
+        before, self.kills_before = self.kills_before, out_of_memory_kills()
+        return cause_of_death(error, kernel_killed=self.kills_before > before)
+
+    # ---------------------------------------------------------------------------------------------------------- slots
+    def _launch(self, slot: Slot) -> None:
+        """Give a slot a process; with a placement group where its members have workers of their own."""
+        from distml.runtime.slot import SlotActor
+
+        resources = self.base.resources
+        actor: Any = SlotActor
+        options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
+        if resources.workers > 1:
+            if slot.place is None:
+                slot.place = placement_group([bundle_of(self.base)] * resources.workers,
+                                             strategy=resources.placement.upper())  # fmt: skip
+            there = PlacementGroupSchedulingStrategy(slot.place, placement_group_bundle_index=0)
+            options = {"num_cpus": 0, "scheduling_strategy": there}  # the workers have the bundles
+        base_json = self.base.model_dump_json(by_alias=True)
+        code = (self.sources.directory, self.sources.files)
+        slot.actor = actor.options(**options).remote(
+            slot.index, base_json, str(self.directory), code, self.start_weights, slot.place
+        )
+        slot.hello, slot.heard, slot.process, slot.ping = slot.actor.hello.remote(), None, None, None
+        slot.dropped, slot.kept = deque(), weakref.WeakSet()
+
+    def _empty(self, slot: Slot) -> None:
+        """No member is in it."""
+        slot.member, slot.calls, slot.started = None, {}, None
+
+    def _end(self, slot: Slot, cause: str) -> None:
+        """End a process that does not do its work."""
+        if slot.process is not None:
+            kill(*slot.process, timeout_s=self.base.limits.heartbeat_s + CLOSE_PATIENCE_S)
+        self._lose(slot, cause, slot.phase)
+
+    def _lose(self, slot: Slot, cause: str, phase: str) -> None:
+        """A process is gone, and its member with it; the slot is free."""
+        ray.kill(slot.actor, no_restart=True)  # unreachable is not always dead
+        member, step, slot.actor = slot.member, slot.step, None
+        self._empty(slot)
+        if member is not None:
+            self.gone.add(member)
+            self.answers.append(Gone(member, "died", cause, phase, step))
+
+    def close(self) -> None:
+        """End all members and processes; does not wait for a Ray that no longer answers."""
+        if ray.is_initialized():
+            close_within(self._close, CLOSE_PATIENCE_S)
+        self.quiet.close()
+
+    def _close(self) -> None:
+        for slot in self.all_slots:
+            if slot.actor is not None:
+                ray.kill(slot.actor, no_restart=True)
+                slot.actor = None
+            if slot.place is not None:
+                remove_placement_group(slot.place)
+                slot.place = None
+        if self.owns_ray:
+            ray.shutdown()
+
+
+def bundle_of(base: JobSpec) -> dict[str, float]:
+    """What one worker of a member reserves."""
+    resources = base.resources
+    each = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
+    return {name: amount for name, amount in each.items() if amount}
+
+
+def fitting(base: JobSpec) -> int:
+    """Members that the whole cluster has room for."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    each = bundle_of(base)
+    workers = sum(min(int(node.get(name, 0.0) // amount) for name, amount in each.items()) for node in nodes)
+    return workers // base.resources.workers
