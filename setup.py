@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["distml", "distml.*"]), "distml.shipped_jobs"],
     package_dir={"distml.shipped_jobs": "jobs"},
-    package_data={"distml.shipped_jobs": ["*.yaml"], "distml": ["py.typed"]},
+    package_data={"distml.shipped_jobs": ["*.yaml"], "distml": ["py.typed", "launch/check/*.json"]},
 )

@@ -182,7 +182,8 @@ def test_shipped_jobs_of_every_sort_are_planned(here, capsys):
         ("node: 2\n", ":1:1: unknown key 'node'; did you mean 'nodes'?"),
         ("nodes: two\n", ":1:8: nodes must be an integer"),
         ("links: {intra: {latency_us: 1}}\n", ":1:16: the key 'gb_per_s' is missing in links.intra"),
-        ("cluster_name: mine\n", ":1:1: this is a file for ray up"),
+        ("cluster_name: mine\nprovider: {type: aws}\n", ":1:1: no node type has GPUs; write nodes"),
+        ("cluster_name: mine\nprovider: {type: local}\n", ":2:18: ray up finds out what these machines have"),
         ("- 1\n", ":1:1: a cluster file must be a mapping"),
         ("", ":1:1: a cluster file must be a mapping of keys, it is empty"),
     ],
@@ -195,7 +196,7 @@ def test_a_wrong_cluster_file_is_one_line_that_points(tmp_path, text, said):
     assert f"{file}{said}" in str(caught.value)
 
 
-CLUSTERS = sorted((Path(__file__).parents[2] / "clusters").glob("*.yaml"))
+CLUSTERS = sorted((Path(__file__).parents[2] / "clusters").glob("plan-*.yaml"))
 
 
 def test_there_are_cluster_files_for_plan():

@@ -9,12 +9,13 @@
       inter: {latency_us: 15, gb_per_s: 50}    # of each GPU to those of other nodes
     price_per_gpu_hour: 2.5
 
-Two to begin with are in `clusters/`. `read_cluster` is the one way in: another kind of file (such as those that
-`ray up` takes) is told there from its keys, and becomes a `ClusterSpec` too.
+Two to begin with are in `clusters/`. `read_cluster` is the one way in: a file for `ray up` is told there from its keys,
+and becomes a `ClusterSpec` too, where its machines are known.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -29,6 +30,7 @@ from distml.spec.messages import Problem, describe, problems_of, unknown
 from distml.spec.yaml import Document, parse
 
 GIB = 2.0**30
+_FOR_RAY_UP = re.compile(rb"(?m)^cluster_name\s*:")
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,29 @@ def read_cluster(path: Path) -> ClusterSpec:
         UsageError: one line, `file:line:column: what is wrong; what to do`.
     """
     try:
-        document = parse(path.read_bytes(), str(path))
+        raw = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if _FOR_RAY_UP.search(raw):
+        return _of_ray_up(path)
+    document = parse(raw, str(path))
     if not isinstance(document.data, dict):
         found = "it is empty" if document.data is None else f"got {describe(document.data)}"
         raise document.start.error(f"a cluster file must be a mapping of keys, {found}; begin with 'nodes: 1'")
-    if "cluster_name" in document.data:
-        raise document.where(("cluster_name",), "key").error(
-            "this is a file for ray up, which says nothing of memory and links; write those as nodes, gpus_per_node, "
-            "gpu, host_memory_gib, links"
-        )
     return _checked(document)
+
+
+def _of_ray_up(path: Path) -> ClusterSpec:
+    from distml.launch.check.rented import rented
+
+    machines = rented(path)
+    kind, latency = machines.kind, LinksSpec().inter.latency_us
+    per_card = kind.gbit_per_s / 8.0 / kind.num_gpus
+    return ClusterSpec(
+        nodes=machines.num_nodes, gpus_per_node=kind.num_gpus, cpus_per_node=kind.num_cpus,
+        gpu=GPUSpec(name=kind.card, memory_gib=None, tflops=None), host_memory_gib=kind.memory_gib,
+        links=LinksSpec(intra=None, inter=LinkSpec(latency_us=latency, gb_per_s=per_card)),
+    )  # fmt: skip
 
 
 def _checked(document: Document) -> ClusterSpec:
