@@ -33,7 +33,9 @@ from distml.adapters.tune_samplers import build_sampler
 from distml.adapters.tune_schedulers import TOGETHER, build_scheduler, every, replay
 from distml.adapters.tune_trainable import check_one_process, make_trainable, trainable
 from distml.errors import RunError, UsageError
+from distml.population.closing import best_text, test_scores
 from distml.population.context import OverContext
+from distml.runs.files import write_atomically
 from distml.runs.units import number
 from distml.runtime.endings import StopSignals, close_all, close_within
 from distml.runtime.ray import check_resources, connect, diverted_output
@@ -47,6 +49,7 @@ __all__ = ["SweepRun", "trainable"]
 CLOSE_PATIENCE_S = 20.0
 KEPT_STATES = 4  # of a trial, of those that Tune asks for: one may be read while newer ones are written
 SETTINGS = {  # of Tune's loop; it knows them as environment variables only
+    "RAY_AIR_NEW_OUTPUT": "0",  # the old one is silent where it is told to
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # its own state, which nobody reads
@@ -196,20 +199,19 @@ class SweepRun:
             raise RunError(f"no trial finished; the last one failed: {state.last_error}", role="trial", phase="train")
         base = self.context.loaded.base
         assert base is not None
-        self.directory.path.joinpath("best.yaml").write_text(with_values(base, best.values).dump(), encoding="utf-8")
+        text = best_text(with_values(base, best.values), self.job.name)
+        write_atomically(self.directory.path / "best.yaml", text, durable=False)
         self._record("done", best, self._test(best))
         for line in self._closing_lines(best):
             self.display.note(line)
 
     def _test(self, best: TrialRecord) -> dict[str, float]:
         """The best trial's test split, measured with the weights that it left."""
-        from distml.launch.evaluate import evaluate_split, load_model
-
         folder = self.book.folder(best.index)
         if not (folder / "checkpoints").is_dir():
             self.display.note(f"trial {best.name} left no weights here; its test split is not measured")
             return {}
-        return evaluate_split(load_model(folder), "test")
+        return test_scores(folder)
 
     def _record(self, status: str, best: TrialRecord | None, test: Mapping[str, float]) -> None:
         metrics = {**best.metrics, **test} if best is not None else {}

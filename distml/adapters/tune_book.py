@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distml.adapters.tune_samplers import Sampler, Values
+from distml.population.trials import FILE, FOLDER, TrialFolder
 from distml.runs.directory import MetricsFile, RunDirectory
 from distml.runs.files import write_atomically
 from distml.spec.loader import LoadedSpec, with_values
@@ -26,7 +27,6 @@ from distml.spec.search_rules import objectives_of
 from distml.spec.sweep import SweepSpec
 from distml.tasks.sources import SourceTree
 
-JOURNAL, TRIALS = "trials.jsonl", "trials"
 ENDS = ("finished", "stopped", "failed")
 
 
@@ -75,7 +75,7 @@ class TrialBook:
         assert loaded.base is not None
         self.job, self.base, self.directory, self.sources = loaded.job, loaded.base, directory, sources
         self.goals = objectives_of(self.job)
-        self.journal = MetricsFile(directory.path / JOURNAL)
+        self.journal = MetricsFile(directory.path / FILE)
         self.trials: dict[int, TrialRecord] = {}
         self.files: dict[int, MetricsFile] = {}
         self.kept: set[int] = set()  # whose weights are on the disk
@@ -88,7 +88,7 @@ class TrialBook:
 
     def folder(self, index: int) -> Path:
         """A trial's folder."""
-        return self.directory.path / TRIALS / f"{index:04d}"
+        return self.directory.path / FOLDER / f"{index:04d}"
 
     # --------------------------------------------------------------------------------------------------------- resuming
     def recall(self, sampler: Sampler) -> None:
@@ -136,16 +136,9 @@ class TrialBook:
         Raises:
             UsageError: the base does not take these values together.
         """
-        folder = self.folder(trial.index)
         loaded = with_values(self.base, trial.values)
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        for name, text in self.sources.files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text, encoding="utf-8")
-        (folder / "spec.yaml").write_text(loaded.dump(), encoding="utf-8")
-        RunDirectory(folder).result.update(durable=False, status="running")
+        shutil.rmtree(self.folder(trial.index) / "checkpoints", ignore_errors=True)
+        TrialFolder(self.directory.path, trial.name).begin(loaded, self.sources.files)
 
     def rows(self, trial: TrialRecord) -> list[dict[str, Any]]:
         """What it has reported."""

@@ -225,6 +225,10 @@ class Ending(Stopper):  # type: ignore[misc]
     def __init__(self, asked: Callable[[], bool]) -> None:
         self.asked = asked
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes whom it knows into its own state."""
+        return {}
+
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Never a single trial."""
         return False
