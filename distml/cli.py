@@ -169,7 +169,6 @@ def validate(
     overrides: SetOption = None,
 ) -> int:
     """Check specs: one line each, without starting anything."""
-    from distml.errors import UsageError
     from distml.spec.loader import load_spec
 
     code = ExitCode.DONE
@@ -344,7 +343,7 @@ def plan(
     shapes: Annotated[bool, typer.Option("--shapes", help="Also print the parameters' shapes.")] = False,
     children: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Also say what N such runs come to: of a population, a sweep."),
+        typer.Option(min=1, metavar="N", help="Also say what N such runs come to; jobs over jobs do so anyway."),
     ] = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, metavar="M", help="GPUs for the children; else the cluster's, or one run's.")
@@ -357,12 +356,11 @@ def plan(
     """Say whether a job fits, what it sends and how long it takes, without starting it; exit 4 if it does not fit."""
     from distml.launch.plan.command import Children, plan_command
 
-    if children is None and (gpus is not None or hours_each is not None):
-        raise UsageError("--gpus and --hours-each are of --children; add --children N")
     many = Children(children, gpus, hours_each) if children is not None else None
     return plan_command(
-        spec=spec, overrides=list(overrides or ()), cluster=cluster, as_json=as_json, shapes=shapes, children=many
-    )
+        spec=spec, overrides=list(overrides or ()), cluster=cluster, as_json=as_json, shapes=shapes, children=many,
+        gpus=gpus, hours_each=hours_each,
+    )  # fmt: skip
 
 
 @app.command()
@@ -484,7 +482,6 @@ def cluster_check(
 
 def _integers(option: str, texts: list[str]) -> list[int]:
     """The numbers that a repeatable option names, also several at once with commas between them."""
-    from distml.errors import UsageError
 
     entries = [entry for text in texts for entry in text.split(",")]
     for entry in entries:

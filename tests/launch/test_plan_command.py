@@ -152,7 +152,7 @@ def test_where_nothing_helps_that_is_said(here, capsys):
         (["job.yaml", "--set", "task.model.heads=3"], "heads"),
         (["job.yaml", "--gpus", "8"], "are of --children; add --children N"),
         (["job.yaml", "--children", "5", "--gpus", "2"], "each child is on 4 GPUs"),
-        (["job.yaml", "--children", "5", "--set", "stop={seconds: 60}"], "give --hours-each"),
+        (["job.yaml", "--children", "5", "--set", "stop={epochs: 2.0}"], "give --hours-each"),
         (["rllib-ppo-cartpole"], "kind rllib"),
     ],
 )

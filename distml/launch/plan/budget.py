@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distml.launch.plan.text import amount, between, span
+from distml.launch.plan.text import amount, between, span, worked
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Budget:
         least, most: GPU-hours of each.
         gpus: that there are.
         each: GPUs that a run is on; as many runs go on at the same time as there is room for.
-        unit: what one of those is called.
+        unit: what one of those is called; `what`: what the runs are.
     """
 
     children: int
@@ -27,6 +27,7 @@ class Budget:
     gpus: int
     each: int = 1
     unit: str = "GPU"
+    what: str = "children"
 
     def days_of_work(self, hours: float) -> float:
         """GPU-days of all runs together, each of so many GPU-hours."""
@@ -44,8 +45,10 @@ class Budget:
                 "days": [self.days(hours) for hours in both]}  # fmt: skip
 
     def __str__(self) -> str:
-        hours = between(amount(self.least), amount(self.most))
-        work = between(amount(self.days_of_work(self.least)), amount(self.days_of_work(self.most)))
+        hours = worked(self.least, self.most, self.unit)
         days = span(86400 * self.days(self.least), 86400 * self.days(self.most))
-        return (f"{self.children:,} children x {hours} {self.unit}-hours on {self.gpus:,} {self.unit}s: "
-                f"{work} {self.unit}-days, {days}")  # fmt: skip
+        least, most = self.days_of_work(self.least), self.days_of_work(self.most)
+        whole = worked(24 * least, 24 * most, self.unit)
+        if most >= 1:
+            whole = f"{between(amount(least), amount(most))} {self.unit}-days"
+        return f"{self.children:,} {self.what} x {hours} on {self.gpus:,} {self.unit}s: {whole}, {days}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distml.errors import ExitCode, UsageError
@@ -18,10 +18,12 @@ from distml.launch.plan.cluster import ClusterSpec, read_cluster
 from distml.launch.plan.estimate import Plan, Traced, estimate
 from distml.launch.plan.fit import gentlest, levels_of, smallest_change
 from distml.launch.plan.machine import Machine, machine_of
+from distml.launch.plan.over import Many, many_of, room_of
 from distml.launch.plan.places import Places, nodes_of, places_of
 from distml.launch.plan.text import condition, plan_lines, settings, shape_lines, worker_name
 from distml.memory import binary_size
-from distml.spec.loader import LoadedSpec, load_train
+from distml.spec.loader import LoadedSpec, load_spec, load_train
+from distml.spec.over_jobs import OverJobs
 from distml.spec.schema import JobSpec
 
 ASSUMED_GPUS_PER_NODE = 8
@@ -129,42 +131,83 @@ class Children:
     hours_each: float | None = None
 
 
-def budget_of(plan: Plan, children: Children, cluster: ClusterSpec | None) -> Budget:
+def budget_of(plan: Plan, children: Children, cluster: ClusterSpec | None, many: Many | None = None) -> Budget:
     """What they come to.
+
+    Args:
+        many: what a job over jobs says of its runs.
 
     Raises:
         UsageError: it is not known how long one takes, or there is no room for one.
     """
     each, unit = plan.places.ranks, worker_name(plan)
     of_cluster = cluster.nodes * cluster.gpus_per_node if cluster is not None and plan.places.gpus else 0
-    gpus = children.gpus or max(of_cluster, each)
+    gpus = children.gpus or (max(of_cluster, each) if many is None else room_of(many, plan, cluster))
     if gpus < each:
         raise UsageError(f"--gpus is {gpus}, and each child is on {each} {unit}s; raise it, or lower resources.workers")
-    hours = children.hours_each
-    if hours is None and plan.hours is None:
-        raise UsageError("--children needs to know how long one takes, and stop has no steps, examples or tokens; give "
-                         "--hours-each, or one of those")  # fmt: skip
-    least, most = (hours, hours) if hours is not None else (each * one for one in plan.hours or ())
-    return Budget(children.number, least, most, gpus, each, unit)
+    hours, share = hours_of(plan), many.share if many is not None else 1.0
+    if children.hours_each is not None:
+        least = most = children.hours_each
+    elif hours is not None:
+        least, most = (each * share * one for one in hours)
+    else:
+        raise UsageError("--children needs to know how long one takes, and stop has no steps, examples, tokens or "
+                         "seconds; give --hours-each, or one of those")  # fmt: skip
+    return Budget(children.number, least, most, gpus, each, unit, many.what if many is not None else "children")
+
+
+def hours_of(plan: Plan) -> tuple[float, float] | None:
+    """The least and the most of one run: as planned, and no longer than its `stop.seconds`."""
+    limit = plan.job.stop.seconds
+    if limit is None:
+        return plan.hours
+    if plan.hours is None:
+        return limit / 3600, limit / 3600
+    least, most = (min(hours, limit / 3600) for hours in plan.hours)
+    return least, most
 
 
 def plan_command(
     *, spec: str, overrides: list[str], cluster: Path | None, as_json: bool, shapes: bool,
-    children: Children | None = None,
+    children: Children | None = None, gpus: int | None = None, hours_each: float | None = None,
 ) -> int:  # fmt: skip
-    """The verb `plan`; its exit code."""
+    """The verb `plan`; its exit code.
+
+    Args:
+        children: of a training job: so many runs of it. A job over jobs says itself how many, and is given `gpus` and
+            `hours_each` alone.
+    """
     machines = read_cluster(cluster) if cluster is not None else None
-    planner = Planner(load_train(spec, overrides), machines)
+    loaded = load_spec(spec, overrides)
+    many = many_of(loaded.job) if isinstance(loaded.job, OverJobs) else None
+    if many is not None:
+        number = children.number if children is not None else many.number
+        children = Children(number, gpus, hours_each)
+        many = replace(many, number=number)
+    elif children is None and (gpus is not None or hours_each is not None):
+        raise UsageError("--gpus and --hours-each are of --children; add --children N")
+    planner = Planner(load_train(spec, overrides) if loaded.base is None else loaded.base, machines)
     plan = planner.plan()
-    budget = budget_of(plan, children, machines) if children is not None else None
+    budget = _budget(plan, children, machines, many)
     change = None if plan.fits else planner.smallest_change()
     if as_json:
-        many = budget.to_json() if budget is not None else None
-        said = {**plan.to_json(), "smallest_change": change, "shapes": plan.size.shapes, "children": many}
+        kind = getattr(loaded.job, "kind")  # noqa: B009 (each kind declares its own literal)
+        whole = budget.to_json() if budget is not None else None
+        said = {"kind": kind, **plan.to_json(), "smallest_change": change, "shapes": plan.size.shapes,
+                "children": whole}  # fmt: skip
         print(json.dumps(said, indent=2))
     else:
         changed = planner.attempt(change) if change else None
-        lines = [*shape_lines(plan.size.shapes)] if shapes else []
+        lines = [f"{loaded.summary}: {many.number:,} {many.what}, each of them"] if many is not None else []
+        lines += shape_lines(plan.size.shapes) if shapes else []
         lines += plan_lines(plan, change, changed, searched=not plan.fits)
-        print("\n".join([*lines, *([str(budget)] if budget is not None else [])]))
+        lines += [f"{budget}{f'; less, as {many.least}' if many and many.least else ''}"] if budget is not None else []
+        print("\n".join(lines))
     return int(ExitCode.DONE if plan.fits else ExitCode.GOAL_MISSED)
+
+
+def _budget(plan: Plan, children: Children | None, cluster: ClusterSpec | None, many: Many | None) -> Budget | None:
+    """What all runs come to; None where nobody asked, or a job over jobs does not say how long a run of it takes."""
+    if children is None or (many is not None and children.hours_each is None and hours_of(plan) is None):
+        return None
+    return budget_of(plan, children, cluster, many)
