@@ -44,8 +44,8 @@ def pareto_front(metrics: Sequence[float], costs: Sequence[float]) -> list[int]:
         costs: the less the better. Of equals in both the first stays.
     """
     front: list[int] = []
-    order = sorted(range(len(metrics)), key=lambda index: (costs[index], -metrics[index], index))
-    for index in (index for index in order if not math.isnan(metrics[index])):
+    known = [index for index, metric in enumerate(metrics) if not math.isnan(metric)]
+    for index in sorted(known, key=lambda index: (costs[index], -metrics[index], index)):
         if not front or metrics[index] > metrics[front[-1]]:
             front.append(index)
     return front
