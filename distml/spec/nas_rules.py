@@ -27,6 +27,9 @@ def check_nas(job: NasSpec) -> Iterator[Problem]:
         if not problems:
             yield from _is_search(job)
     yield from _measured(job)
+    if job.base.init is not None and job.base.init.source is not None:
+        yield Problem("base.init.from: children have models of their own and start from their own weights; remove it",
+                      (("base", "init", "from"), ("base", "init")))  # fmt: skip
 
 
 def _structured(job: NasSpec) -> Iterator[Problem]:
