@@ -125,6 +125,7 @@ class PopulationRun:
             for answer in self.host.wait(WAIT_S):
                 self.handle(answer)
                 self._schedule()
+            self._look_after_lost()
             self._show()
         self.signals.is_training = False
         self._finish(reason)
@@ -256,12 +257,14 @@ class PopulationRun:
             self._decide([one])
 
     def _gone(self, one: Individual, answer: Gone) -> None:
-        before = one.phase
+        before, order = one.phase, one.order
         self.last_cause = f"member {one.name}, {answer.phase}: {answer.cause}"
         if answer.kind == "failed" and not answer.step and not self.total_steps:
             raise UsageError(self.last_cause)
         one.phase, one.order, one.cause = "lost", None, answer.cause
         one.losses, one.losses_in_a_row = one.losses + 1, one.losses_in_a_row + 1
+        if before == "copying" and order is not None and order.source is not None:
+            self._check_donor(self.members[order.source[0]])
         self.host.release(one.name)
         if one.losses_in_a_row > self.job.limits.max_restarts:
             self._give_up(one)
@@ -403,35 +406,57 @@ class PopulationRun:
 
     def _rescue(self, one: Individual) -> None:
         """Bring what is left of a lost member's states to safety: they may have been in its process."""
-        measured = one.measured
-        own = self._secured(one.own) or self._secured(one.record.held) or self._from_disk(one)
-        one.measured = own if measured is one.own else self._secured(measured) if measured is not None else None
-        if one.measured is not None and one.measured.score is None:
-            one.measured = None
-        if own.step < one.own.step:
-            self.folders[one.name].directory.metrics.cut_back(own.step or -1)
-        one.own = own
+        before, measured = one.own, one.measured
+        held = self._secured(one.own)
+        one.measured = held if measured is one.own else self._secured(measured)
+        if held is not None and one.own is one.record.held:
+            one.record = replace(one.record, held=held)
+        elif (kept := self._secured(one.record.held)) is not None:
+            one.record = replace(one.record, held=kept)
+        else:
+            one.record = self._from_disk(one)
+        self.whole[one.name] = self.durable[one.name] = one.record
+        one.own = held or one.record.held
+        if one.own.step < before.step:
+            self.folders[one.name].directory.metrics.cut_back(one.own.step or -1)
 
-    def _secured(self, held: Held) -> Held | None:
-        if held.state is None:
+    def _secured(self, held: Held | None) -> Held | None:
+        """The same, kept by nobody's process but the run's; None: it is lost."""
+        if held is None or held.state is None:
             return held
         try:
             return replace(held, state=self.host.put(self.host.fetch(held.state)))
         except LookupError:
             return None
 
-    def _from_disk(self, one: Individual) -> Held:
+    def _check_donor(self, donor: Individual) -> None:
+        """Whether what others would copy is still there."""
+        donor.measured = self._secured(donor.measured)
+
+    def _look_after_lost(self) -> None:
+        """Members in no slot whose states were kept by a process that died: they go on like lost ones."""
+        while self.saver.lost:
+            one = self.members[self.saver.lost.pop()]
+            before = one.own.step
+            if one.is_in_slot or one.phase == "lost" or one.record.error is not None:
+                continue
+            self._rescue(one)
+            if one.own.step < before:
+                one.cause, one.reason, one.losses = (
+                    "its state was lost with the process that kept it",
+                    None,
+                    one.losses + 1,
+                )
+                self._replace(one)
+
+    def _from_disk(self, one: Individual) -> Record:
         """The newest checkpoint of a member, and with it its record; else it begins anew."""
         self.saver.wait()
         checkpoint = self.folders[one.name].store.newest_good(self.display.note)
         if checkpoint is None or RECORD not in checkpoint.state:
-            held = Held(0, one.own.values, None)
-            one.record = Record(held, None, one.decisions, one.events, one.losses)
-        else:
-            found = record_of(checkpoint.state[RECORD], self.host.put(cut_of(checkpoint)))
-            one.record = replace(found, events=one.events, losses=one.losses)
-        self.whole[one.name] = self.durable[one.name] = one.record
-        return one.record.held
+            return Record(Held(0, one.own.values, None), None, one.decisions, one.events, one.losses)
+        found = record_of(checkpoint.state[RECORD], self.host.put(cut_of(checkpoint)))
+        return replace(found, events=one.events, losses=one.losses)
 
     def _give_up(self, one: Individual) -> None:
         self.display.note(f"member {one.name} is given up: {one.cause}")
@@ -508,9 +533,14 @@ class PopulationRun:
 
     def _keep_all(self) -> None:
         """Write the newest snapshot, whether checkpoints are due or not."""
-        self.durable = dict(self.whole)
-        self.saver.put(self._snapshot(), important=True)
-        self.saver.wait()
+        while True:
+            self.durable = dict(self.whole)
+            self.saver.put(self._snapshot(), important=True)
+            self.saver.wait()
+            if not self.saver.lost:
+                return
+            while self.saver.lost:
+                self._rescue(self.members[self.saver.lost.pop()])
 
     def _show(self) -> None:
         """Progress: on the terminal and in result.json."""
@@ -576,4 +606,6 @@ def make_host(context: OverContext, job: PopulationSpec, injections: Mapping[str
     directory, slots = context.directory.path / MEMBERS, min(job.max_concurrent or job.members, job.members)
     if context.where == "inline":
         return InlineHost(job.base, context.sources, directory, slots, injections)
+    from distml.runtime.ray_members import RayHost
+
     return RayHost(job.base, context.sources, directory, slots, context.address, injections)

@@ -10,6 +10,7 @@ nothing is lost by it. The decider never waits, except for the last snapshot.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -72,6 +73,7 @@ class Saver:
         self.frozen: Mapping[str, Any] = {}
         self.saved: dict[str, int] = {}
         self.best_saved: tuple[str, int] | None = None
+        self.lost: set[str] = set()  # members whose states are no longer where they were
         self._writer = BackgroundWriter(self.write)
 
     def put(self, snapshot: Snapshot, *, important: bool = False) -> None:
@@ -97,15 +99,18 @@ class Saver:
     def write(self, snapshot: Snapshot) -> None:
         """Commit the states that are not on the disk yet, then population.json.
 
-        Where a state was lost with the process that had it, the file stays as it is: the decider will hear of the loss.
+        Where a state was lost with the process that had it, the file stays as it is, and `lost` says whose it was.
         """
         best = snapshot.best
-        try:
-            if best is not None and self.best_saved != (best.member, best.held.step):
+        if best is not None and self.best_saved != (best.member, best.held.step):
+            with contextlib.suppress(LookupError):  # then the one before stays
                 self._commit_best(best)
-            for name, record in snapshot.records.items():
+        for name, record in snapshot.records.items():
+            try:
                 self._commit(name, record)
-        except LookupError:
+            except LookupError:
+                self.lost.add(name)
+        if not self.lost.isdisjoint(snapshot.records):
             return
         write_atomically(self.path, strict_json(finite(to_json(snapshot, self.metric)), FILE))
 
