@@ -64,7 +64,8 @@ class SearchRun:
         self.journal = Journal(self.directory.path)
         self.states = CheckpointStore(self.directory.path / "controller", keep=1)
         self.signals = StopSignals()  # the first one ends it where it is: there is nothing to write any more
-        self.given, self.hosts = host, [context.where]
+        self.given = host
+        self.hosts: Sequence[str] = [context.where]
         self.trials: dict[str, Trial] = {}
         self.running: dict[str, Trial] = {}
         self.ready: dict[str, Ready] = {}
@@ -100,7 +101,7 @@ class SearchRun:
         Raises:
             RunError: no child finishes. UsageError: none reports the metric.
         """
-        self.has_started = True
+        self.has_started, self.began = True, time.perf_counter()
         self._fill()
         while self.running:
             for answer in self.host.wait(WAIT_S):
@@ -254,11 +255,11 @@ class SearchRun:
 
     def _play_back(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Bring trials and controller to where the journal ends."""
-        self.trials = dict(sorted(trials_of(rows).items()))
-        self.again = deque(trial for trial in trials_of(rows).values() if trial.status == "open")
+        known = trials_of(rows)
+        self.again = deque(trial for trial in known.values() if trial.status == "open")
+        self.trials = dict(sorted(known.items(), key=lambda item: item[1].number))
         self.earlier_s = max((row["wall_s"] for row in rows), default=0.0)
-        known = self._load_state(len(rows))
-        for row in rows[known:]:
+        for row in rows[self._load_state(len(rows)) :]:
             if row["event"] == "proposed":
                 if list(self.controller.propose()) != row["decisions"]:
                     self.display.note(f"the controller proposes otherwise than before for trial {row['trial']}: from "
