@@ -293,11 +293,12 @@ def check_over_arguments(job: OverJobs, runtime: str, address: str | None, injec
     """Refuse runtimes that a job over jobs does not have, and injections that name nobody."""
     for text in inject:
         one = Injection.parse(text)
-        if not isinstance(job, PopulationSpec) or one.role != "member":
-            raise UsageError(f"--inject {text}: of jobs over jobs only a population's members can be made to fail, "
-                             "as in kill:member=3,step=40")  # fmt: skip
-        if one.index >= job.members:
-            raise UsageError(f"--inject {text}: there is no member {one.index}; this population has {job.members}")
+        if not isinstance(job, PopulationSpec | NasSpec) or one.role != "member":
+            raise UsageError(f"--inject {text}: of jobs over jobs only members of a population and children of a nas "
+                             "can be made to fail, as in kill:member=3,step=40")  # fmt: skip
+        members = job.members if isinstance(job, PopulationSpec) else job.trials
+        if one.index >= members:
+            raise UsageError(f"--inject {text}: there is no member {one.index}; this {job.kind} has {members}")
         if runtime == "inline" and one.action in ("kill", "stop"):
             raise UsageError(f"--inject {text}: needs processes to act on; add --runtime ray")
     if runtime != "inline":
