@@ -14,6 +14,7 @@ from typing import Any
 from distml.errors import UsageError
 from distml.launch.submit.files import Selection
 from distml.spec.base import Block
+from distml.spec.jobs import jobs_directory
 from distml.spec.language import STDLIB, TokenizerFileSpec
 from distml.spec.language_rules import TextTaskSpecs
 from distml.spec.loader import LoadedSpec
@@ -46,6 +47,8 @@ def check_modules(loaded: LoadedSpec[Any], selection: Selection | None) -> Itera
     task = _acting(loaded)
     names = [task.name] if isinstance(task, OwnTaskSpec) else [name for _, name in own_names(task)]
     home = loaded.base.directory if loaded.base is not None else loaded.directory
+    if home.resolve() == jobs_directory().resolve():  # a shipped job's, which travel with distml
+        return
     files = SourceTree.collect(task, home).files
     for name in files:
         _check_file(home / name, f"{names[0]} needs", selection)

@@ -87,7 +87,7 @@ def jobs_command(*, address: str | None) -> list[tuple[str, ...]]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------- finding
+# -------------------------------------------------------------------------------------------------------------- finding
 def found(target: str, address: str | None) -> tuple[Job, str]:
     """The job that a run directory or an id names, and its cluster's address.
 
@@ -132,7 +132,7 @@ def job_lines(job: Job) -> Iterator[str]:
         yield from job.all_lines()
 
 
-# ------------------------------------------------------------------------------------------------------------- showing
+# -------------------------------------------------------------------------------------------------------------- showing
 def headline(state: JobState, there: str) -> str:
     """A job in one line."""
     code = f" (exit {state.exit_code})" if state.exit_code else ""

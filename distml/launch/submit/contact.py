@@ -208,7 +208,7 @@ def ask_for_token(url: str) -> Token:
     return checked_token(getpass.getpass(f"token of the cluster at {url}: "), "what was typed")
 
 
-# -------------------------------------------------------------------------------------------------------------- asking
+# --------------------------------------------------------------------------------------------------------------- asking
 def _authentication_mode(url: str) -> str:
     """`disabled` also for a Ray that is too old to have any."""
     status, body = get(url + MODE, {})

@@ -92,7 +92,7 @@ def select(directory: Path) -> Selection:
     return selection
 
 
-# ------------------------------------------------------------------------------------------------------------ the walk
+# ------------------------------------------------------------------------------------------------------------- the walk
 @dataclass(frozen=True)
 class Rules:
     """The patterns of one ignore file.
@@ -192,7 +192,7 @@ def _check_name(path: str, root: Path) -> None:
         raise UsageError(f"{root}: {shown} has a name that is not text; rename it, or name it in .rayignore") from None
 
 
-# --------------------------------------------------------------------------------------------------------------- links
+# ---------------------------------------------------------------------------------------------------------------- links
 def _follow(selection: Selection, link: str) -> None:
     """Send under a link's name what it leads to, if that is sent itself."""
     target = Path(os.path.realpath(selection.root / link))
