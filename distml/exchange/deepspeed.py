@@ -329,6 +329,19 @@ class ShardedEngine:
         with peers(self.group, "backward"), torch.enable_grad():
             self.engine.backward(total, scale_wrt_gas=False)
 
+    def start_sum(self, vector: Tensor) -> Callable[[], list[float]]:
+        """Begin to sum a small vector over all ranks, beside what is computed meanwhile; what waits for the sums."""
+        with peers(self.group, "all_reduce"):
+            future = self.group.start_all_reduce(vector)
+
+        def wait() -> list[float]:
+            with peers(self.group, "all_reduce"):
+                future.wait()
+            sums: list[float] = vector.tolist()
+            return sums
+
+        return wait
+
     def step(self, count: float) -> bool:
         """Update by the step's gradients, a sum over `count`; False: they overflowed, and nothing was updated."""
         self.scaler.expect(count)

@@ -2,8 +2,9 @@
 
 What goes through the engine is one module, the task's loss (`exchange/deepspeed.py`). Around it everything is as under
 `all_reduce`: the schedule, the sum over the sum of counts, clipping by the norm of the mean gradient, and a tail of
-four numbers that is summed once per step. The state stays with the ranks: `pieces` and `load_pieces` speak of it in
-elements of named parameters, so that any number of ranks, any stage and any other strategy goes on from it.
+four numbers that is summed once per step, while backward computes. The state stays with the ranks: `pieces` and
+`load_pieces` speak of it in elements of named parameters, so that any number of ranks, any stage and any other strategy
+goes on from it.
 
 The model is built twice where that spares memory. `prepare` needs its index and, for the check that all ranks begin
 alike, its values. Under stage 3 it is only an index (the meta device) for tasks that draw each parameter within the
@@ -73,6 +74,7 @@ class Zero(Strategy):
         self._group: Group | None = None
         self._engine: ShardedEngine | None = None
         self.updates = self.skipped = self._micro_batches = 0
+        self._is_last = False
         self._frozen = {name: tensor.cpu() for name, tensor in frozen_of(self.model, self.layout).items()}
         values = [] if self.in_pieces else [parameter.data for parameter in self.parameters]
         self._fingerprint = fingerprint_of(self.layout, values, self._frozen)
@@ -128,13 +130,25 @@ class Zero(Strategy):
     # ------------------------------------------------------------------------------------------------------- one step
     def _forward(self, last: bool, *arguments: Any) -> Loss:
         self._micro_batches += 1
+        self._is_last = last
         loss: Loss = self.engine(last, *arguments)
         return loss
 
     def backward(self, loss: Loss) -> None:
         total = loss.total if loss.total.requires_grad else self._touching_all(loss.total)
-        self.engine.backward(total)
         self._count += loss.count
+        if self._is_last:
+            self._send_tail()
+        self.engine.backward(total)
+
+    def _send_tail(self) -> None:
+        """Let the step's four numbers, which forward has completed, be summed while backward computes.
+
+        One collective fewer that all ranks wait for. They all start it at the same place between DeepSpeed's.
+        """
+        before = self.group.bytes_sent
+        self._summed_tail = self.engine.start_sum(torch.tensor(self._tail(), dtype=torch.float64, device=self.device))
+        self.meter.bytes_sent += self.group.bytes_sent - before
 
     def _touching_all(self, total: Tensor) -> Tensor:
         """A loss without a gradient, with a gradient of zeros: every rank's backward is a collective."""
@@ -144,11 +158,8 @@ class Zero(Strategy):
         return torch.stack([0.0 * parameter.sum() for parameter in self.parameters]).sum() + total
 
     def _exchange(self, phase: int, count: float, last: bool) -> None:
-        tail = torch.tensor(self._tail(), dtype=torch.float64)
-        before = self.group.bytes_sent
-        self.group.all_reduce(tail)
-        self.meter.bytes_sent += self.group.bytes_sent - before + self._bytes_sent()
-        version, summed = self.progress.version, tail.tolist()
+        version, summed = self.progress.version, self._summed_tail()
+        self.meter.bytes_sent += self._bytes_sent()
         for settings, number in zip(self.engine.groups, self.group_numbers, strict=True):
             settings.update(group_values(self.job.optimizer, number, version, self.agenda.budget_steps))
         self._update(summed[COUNT], version)
@@ -215,7 +226,8 @@ class Zero(Strategy):
 
     def clock_state(self) -> dict[str, Any]:
         state = {**super().clock_state(), "updates": self.updates, "skipped": self.skipped}
-        return {**state, "loss_scaler": self.engine.scaler.state()}
+        scale = self._engine.scaler.state() if self._engine is not None else {}  # none is chosen before `connect`
+        return {**state, "loss_scaler": scale}
 
     def close(self) -> None:
         """Leave DeepSpeed's process-wide state as it was, for another run in this process."""

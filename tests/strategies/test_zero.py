@@ -314,6 +314,21 @@ def each_stage(**settings: Any) -> Iterator[Trainer]:
             trainer.strategy.close()
 
 
+def test_no_rank_waits_for_the_tail_before_its_last_backward(monkeypatch):
+    """Its sum is under way while that computes, and ours is one collective a step, however many micro-batches."""
+    for trainer in each_stage(task=SMALL, micro_batch_size=4):
+        done, group, engine = list[str](), trainer.strategy.group, trainer.strategy.engine.engine
+        for owner, name in ((group, "start_all_reduce"), (group, "all_reduce"), (engine, "backward"), (engine, "step")):
+
+            def noted(*arguments: Any, name=name, run=getattr(owner, name), done=done, **settings: Any) -> Any:
+                done.append(name)
+                return run(*arguments, **settings)
+
+            monkeypatch.setattr(owner, name, noted)
+        assert sum(1 for _ in trainer.advance(2)) > 0
+        assert done == ["backward", "backward", "start_all_reduce", "backward", "step"] * 2
+
+
 def test_a_loss_that_fails_is_the_users(monkeypatch):
     for trainer in each_stage(task=SMALL):
         monkeypatch.setattr(trainer.task, "loss", lambda *_: (_ for _ in ()).throw(RuntimeError("mine")))
