@@ -19,6 +19,7 @@ answers `Gone` when a member no longer does. No torch and no ray here.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import socket
 import statistics
@@ -313,8 +314,8 @@ class PopulationRun:
     def _judge(self, one: Individual) -> None:
         """Whether it is the best so far, and good enough to end the population."""
         held = one.own
-        known = goodness(self.best.held.score, self.mode) if self.best is not None else goodness(None, self.mode)
-        if goodness(held.score, self.mode) > known:
+        known = self.best.held.score if self.best is not None else None
+        if math.isfinite(held.score or 0.0) and goodness(held.score, self.mode) > goodness(known, self.mode):
             self.best = Best(one.name, held)
         if self.goal is not None and self.goal.is_met(held.metrics[self.goal.metric]):
             self.has_goal = True
@@ -601,11 +602,13 @@ def check_reported(metric: str, metrics: Mapping[str, float]) -> None:
 
 def make_host(context: OverContext, job: PopulationSpec, injections: Mapping[str, tuple[str, ...]]) -> Host:
     """The host that a population's context asks for."""
+    from distml.launch.run import start_weights
     from distml.runtime.members import InlineHost
 
+    first = start_weights(job.base)
     directory, slots = context.directory.path / MEMBERS, min(job.max_concurrent or job.members, job.members)
     if context.where == "inline":
-        return InlineHost(job.base, context.sources, directory, slots, injections)
+        return InlineHost(job.base, context.sources, directory, slots, injections, first)
     from distml.runtime.ray_members import RayHost
 
-    return RayHost(job.base, context.sources, directory, slots, context.address, injections)
+    return RayHost(job.base, context.sources, directory, slots, context.address, injections, first)

@@ -1,0 +1,200 @@
+"""Whatever moment a population's driver dies at, the next run goes on from it: nothing lost, nothing doubled."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from own.plain_host import PlainHost
+from own.populations import OWN, Kept, lineage, per_member, run_with, toy
+from test_population_run import SIX, same_end, weights
+
+from distml.population.host import Answer
+from distml.population.saving import Saver, Snapshot
+
+TESTS = OWN.parent
+
+
+class Imaging(PlainHost):
+    """Keeps an image of the run directory before some answers: what a SIGKILL at that moment would leave."""
+
+    def __init__(self, slots: int, out: Path, moments: set[int], **named: Any) -> None:
+        super().__init__(slots, random.Random(7), **named)
+        self.out, self.moments, self.count = out, moments, 0
+
+    def wait(self, timeout_s: float) -> list[Answer]:
+        self.count += 1
+        if self.count in self.moments:
+            shutil.copytree(self.out, self.out.with_name(f"{self.out.name}-{self.count}"))
+        return super().wait(timeout_s)
+
+
+@pytest.fixture
+def _written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is handed over is on the disk when the decider goes on."""
+
+    def put(self: Saver, snapshot: Snapshot, *, important: bool = False) -> None:
+        self.write(snapshot)
+
+    monkeypatch.setattr(Saver, "put", put)
+
+
+def images(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f"{out.name}-*"))
+
+
+@pytest.mark.usefixtures("_written_at_once")
+@pytest.mark.parametrize(("slots", "every"), [(6, 1), (2, 3)])
+def test_synchronous_ends_bitwise_as_if_nothing_had_happened(slots: int, every: int, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    spec = toy(**SIX, checkpoint={"every": every})
+    run_with(spec, out, Imaging(slots, out, {1, 9, 31, 50, 67, 80, 99}))
+    assert len(images(out)) == 7
+    for image in images(out):
+        run_with(spec, image, PlainHost(slots, random.Random(8)), resume=True)
+        same_end(out, image)
+
+
+@pytest.mark.usefixtures("_written_at_once")
+def test_synchronous_with_a_member_that_diverges(tmp_path: Path) -> None:
+    def gone(name: str, step: int, job: Any) -> str | None:
+        return "not_finite" if name == "04" and step == 16 and job.task.args["h0"] < 0.9 else None
+
+    out = tmp_path / "run"
+    spec = toy(**SIX)
+    run_with(spec, out, Imaging(6, out, {20, 45, 55, 60, 65}, gone=gone))
+    assert any(event["event"] == "replace" for event in lineage(out))
+    for image in images(out):
+        run_with(spec, image, PlainHost(6, random.Random(8), gone=gone), resume=True)
+        same_end(out, image)
+
+
+@pytest.mark.usefixtures("_written_at_once")
+def test_asynchronous_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    spec = toy(**SIX, synchronous=False)
+    run_with(spec, out, Imaging(3, out, {2, 17, 33, 60, 90}))
+    for image in images(out):
+        known = json.loads((image / "population.json").read_text())["members"]
+        before = per_member(lineage(image))
+        run_with(spec, image, PlainHost(3, random.Random(8)), resume=True)
+        for name, events in per_member(lineage(image)).items():
+            assert events[: known[name]["events"]] == before.get(name, [])[: known[name]["events"]]
+            steps = [event["step"] for event in events]
+            assert steps == list(range(0, 41, 4))
+            rows = [json.loads(line)["step"] for line in (image / f"members/{name}/metrics.jsonl").open()]
+            assert rows == list(range(1, 41))
+
+
+class Interrupting(PlainHost):
+    """The terminal's Ctrl-C at the n-th answer."""
+
+    number = 40
+
+    def wait(self, timeout_s: float) -> list[Answer]:
+        self.number -= 1
+        if self.number == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().wait(timeout_s)
+
+
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_interrupted_and_resumed(synchronous: bool, tmp_path: Path) -> None:
+    spec, host = toy(**SIX, synchronous=synchronous, checkpoint={"every": 100}), Interrupting(6)
+    import distml.population.run as module
+
+    original = module.PopulationRun.train
+
+    def train(self: Any) -> None:
+        with self.signals.handled():
+            original(self)
+
+    module.PopulationRun.train = train  # type: ignore[method-assign]
+    try:
+        _, result = run_with(spec, tmp_path / "run", host)
+    finally:
+        module.PopulationRun.train = original  # type: ignore[method-assign]
+    assert result.status == "interrupted"
+    assert "test/quality" not in result.metrics
+    members = [json.loads(path.read_text()) for path in (tmp_path / "run/members").glob("*/result.json")]
+    assert {member["status"] for member in members} == {"interrupted"}
+    assert all(member["checkpoint"] for member in members)
+    display = Kept()
+    _, result = run_with(spec, tmp_path / "run", resume=True, display=display)
+    assert result.status == "done"
+    assert any("resuming at" in line for line in display.lines)
+    if synchronous:
+        run_with(spec, tmp_path / "whole")
+        same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_damaged_checkpoints(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    spec = toy(**SIX, synchronous=False, stop={"steps": 120})
+    run_with(spec, out)
+    newest = sorted((out / "members/02/checkpoints").glob("step-*"))[-1]
+    (newest / "model.safetensors").write_bytes(b"")
+    display = Kept()
+    _, result = run_with({**spec, "stop": {"steps": 240}}, out, resume=True, display=display)
+    assert result.status == "done"
+    assert any("member 02" in line and "goes on from an older one" in line for line in display.lines)
+    steps = [event["step"] for event in per_member(lineage(out))["02"]]
+    assert steps == sorted(set(steps))
+
+
+def test_a_changed_stop_lets_a_finished_population_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    spec = toy(**SIX, stop={"steps": 72})
+    run_with(spec, out)
+    _, result = run_with({**spec, "stop": {"steps": 144}}, out, resume=True)
+    assert result.step == 144
+    run_with({**spec, "stop": {"steps": 144}}, tmp_path / "whole")
+    same_end(out, tmp_path / "whole")
+
+
+DRIVER = """
+import os, random, signal, sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {own!r}]
+from own.plain_host import PlainHost
+from own.populations import run_with, toy
+
+class Deadly(PlainHost):
+    left = {left}
+    def wait(self, timeout_s):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().wait(timeout_s)
+
+run_with(toy(**{changes!r}), Path({out!r}), Deadly(6, random.Random(1)))
+"""
+
+
+@pytest.mark.parametrize("left", [25, 95])
+def test_a_killed_driver(left: int, tmp_path: Path) -> None:
+    changes = {**SIX, "base__stop__steps": 80}
+    text = DRIVER.format(tests=str(TESTS), own=str(OWN), left=left, changes=changes, out=str(tmp_path / "run"))
+    found = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == -signal.SIGKILL, found.stderr
+    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "running"
+    run_with(toy(**changes), tmp_path / "run", resume=True)
+    run_with(toy(**changes), tmp_path / "whole")
+    same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_what_a_resume_reads_is_what_was_written(tmp_path: Path) -> None:
+    """A control of `same_end`: another seed's population ends otherwise."""
+    run_with(toy(**SIX), tmp_path / "one")
+    run_with(toy(**SIX, seed=1), tmp_path / "other")
+    with pytest.raises(AssertionError):
+        same_end(tmp_path / "one", tmp_path / "other")
+    assert set(weights(tmp_path / "one")) == {f"0{index}" for index in range(6)}
