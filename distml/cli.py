@@ -465,6 +465,23 @@ def tokenize(
     return code
 
 
+@app.command()
+@_verb
+def doctor(
+    address: Annotated[
+        str | None, typer.Option(help="Also look at a cluster: its dashboard's URL, or what ray.init takes.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write its nodes and links for plan --cluster.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> int:
+    """Say of everything that runs need whether it is all right, or what to do; exit 2 if anything is not."""
+    from distml.launch.doctor import doctor_command
+
+    return doctor_command(address=address, out=out, as_json=as_json)
+
+
 cluster_app = typer.Typer(help="Cluster files: for ray up, KubeRay and distml plan.")
 app.add_typer(cluster_app, name="cluster")
 
@@ -493,9 +510,7 @@ def _integers(option: str, texts: list[str]) -> list[int]:
 @app.command()
 @_verb
 def bench(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="The measurement: exchange, loop, rl, start or transformer.")
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="exchange, loop, population, rl, start or transformer.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     repeats: Annotated[int | None, typer.Option(help="Of each contender; they take turns.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="exchange: parameters, 0.1M, 4.2M or 25M; repeatable.")] = None,
@@ -505,10 +520,12 @@ def bench(
     optimizer: Annotated[list[str] | None, typer.Option(help="exchange: sgd or adam; repeatable.")] = None,
     contenders: Annotated[
         str | None,
-        typer.Option(metavar="NAME,NAME", help="exchange, rl, transformer: only these, for example a3c,sb3_a2c."),
+        typer.Option(
+            metavar="NAME,NAME", help="exchange, population, rl, transformer: only these, for example a3c,sb3_a2c."
+        ),
     ] = None,
     environment: Annotated[str | None, typer.Option(help="rl: cartpole, pendulum or pong.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="rl: how many; each contender trains once with each.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="population, rl: how many; each contender once with each.")] = None,
     frames: Annotated[int | None, typer.Option(help="rl: of every contender, instead of its own budget.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="rl: laid over the specs of our jobs.")
@@ -518,9 +535,12 @@ def bench(
     hosts: Annotated[int | None, typer.Option(help="exchange: 2 for two hosts with a link (needs root).")] = None,
     rate: Annotated[str | None, typer.Option(help="exchange: of that link, 1gbit or 100mbit.")] = None,
     part: Annotated[
-        list[str] | None, typer.Option(help="transformer: speed, zero, memory, loss or gpu; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="population: speed, exploit, sweep, pbt, nas; transformer: speed, zero, memory, loss, gpu; repeatable"
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="transformer: of each repeat.")] = None,
+    steps: Annotated[int | None, typer.Option(help="transformer: of each repeat; population: of each member.")] = None,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="transformer: what --part loss learns.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="exchange, rl: draw the result, as PNG.")] = None,
 ) -> int | None:

@@ -2,6 +2,7 @@
 
 exchange    milliseconds per step by how gradients travel, against DDP, Ray Train and a documented parameter server
 loop        the loop's own cost per step, against plain PyTorch doing the same
+population  populations, sweeps and searches against Ray Tune, Optuna and chance
 rl          frames per second, and frames and seconds to solved, against Stable-Baselines3 and RLlib
 start       seconds from the command to the first update, against Ray Train's
 transformer language models against plain PyTorch, and ZeRO against DeepSpeed by itself
@@ -17,7 +18,7 @@ from typing import Any
 
 from distml.errors import RunError, UsageError
 
-BENCHES = ("exchange", "loop", "rl", "start", "transformer")
+BENCHES = ("exchange", "loop", "population", "rl", "start", "transformer")
 
 
 def bench_command(name: str, json: bool, plot: Path | None = None, **options: Any) -> int:
