@@ -123,6 +123,10 @@ class SlotActor:
         for token in tokens:
             self.kept.pop(token, None)
 
+    def num_kept(self) -> int:
+        """States that are kept here."""
+        return len(self.kept)
+
     # -------------------------------------------------------------------------------------------------- at any time
     @ray.method(concurrency_group="states")
     def give(self, token: int) -> Cut:
