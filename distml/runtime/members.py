@@ -30,7 +30,7 @@ class InlineHost:
         sources: the user's files.
         directory: where members have their folders; a member's is `directory / name`.
         slots: members at the same time.
-        injections: member -> failures to cause (`kill:rank=0,step=40`), when it is started for the first time.
+        injections: member -> failures to cause (`kill:rank=0,step=40`), until it is gone for the first time.
         start_weights: what `init` starts from.
 
     Raises:
@@ -66,7 +66,7 @@ class InlineHost:
             raise RuntimeError(f"no free slot for member {member}: {self.num_slots} are taken")
         seat = self.seats[member] = Seat(self.sources, self.directory, self.start_weights)
         self.gone.discard(member)
-        injections = self.injections.pop(member, ())
+        injections = self.injections.get(member, ())
         self._tell(member, lambda: seat.start(member, job, state, watch, injections))
 
     def advance(self, member: str, until: int | None, keep: bool) -> None:
@@ -113,6 +113,7 @@ class InlineHost:
             self._forget(member)
             self.seats.pop(member, None)
             self.gone.add(member)
+            self.injections.pop(member, None)
         return [answer]
 
     def close(self) -> None:
