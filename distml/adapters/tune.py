@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import random
 import shutil
 import signal
 import socket
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +30,7 @@ from ray import tune
 from ray.tune import CheckpointConfig
 
 from distml.adapters.tune_book import TrialBook, TrialRecord
-from distml.adapters.tune_hooks import Ending, OrderedSearcher, SweepState, Watch, describe_values
+from distml.adapters.tune_hooks import Ending, OrderedSearcher, Proposals, SweepState, Watch, describe_values
 from distml.adapters.tune_samplers import build_sampler
 from distml.adapters.tune_schedulers import TOGETHER, build_scheduler, every, replay
 from distml.adapters.tune_trainable import check_one_process, make_trainable, trainable
@@ -160,7 +162,7 @@ class SweepRun:
                 revives=job.scheduler.name in COPYING,
             ),
             name="trials",
-            search_alg=OrderedSearcher(state, limit),
+            search_alg=Proposals(OrderedSearcher(state, limit)),
             scheduler=scheduler,
             num_samples=-1,
             callbacks=[Watch(state)],
@@ -197,6 +199,9 @@ class SweepRun:
             return
         if best is None:
             raise RunError(f"no trial finished; the last one failed: {state.last_error}", role="trial", phase="train")
+        if best.score(self.book.goals[0]) == -math.inf:
+            raise RunError(f"no trial came to a finite {self.book.goals[0].metric}; all have diverged, the best one: "
+                           f"{best.error}", role="trial", phase="train", step=best.step)  # fmt: skip
         base = self.context.loaded.base
         assert base is not None
         text = best_text(with_values(base, best.values), self.job.name)
@@ -282,7 +287,9 @@ def tune_settings(pending: int, seed: int) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PB2's Gaussian process, with the few points that it begins with
+            yield
     finally:
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])

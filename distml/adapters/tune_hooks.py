@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune import Callback, Stopper
-from ray.tune.search import Searcher
+from ray.tune.search import SearchAlgorithm, Searcher, SearchGenerator
 
 from distml.adapters.tune_book import TrialBook, TrialRecord
 from distml.adapters.tune_samplers import Sampler
@@ -177,14 +177,44 @@ class OrderedSearcher(Searcher):  # type: ignore[misc]
         else:
             self.state.end(trial, "finished" if finished is not None else "stopped")
 
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the journal has it."""
-        with open(checkpoint_path, "w", encoding="utf-8"):
-            pass
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Never: nothing of Tune's is read."""
-        raise NotImplementedError
+class Proposals(SearchAlgorithm):  # type: ignore[misc]
+    """The searcher as the algorithm that Tune's loop asks, which never writes what it knows.
+
+    Tune's population-based schedulers refuse its own `SearchGenerator`, because values change while a trial trains;
+    the searcher here learns from no trial of theirs.
+    """
+
+    def __init__(self, searcher: OrderedSearcher) -> None:
+        self.inner = SearchGenerator(searcher)
+
+    @property
+    def total_samples(self) -> int:
+        """So many that the searcher says when it is over."""
+        return int(self.inner.total_samples)
+
+    def add_configurations(self, experiments: Any) -> None:
+        """What Tune is to run."""
+        self.inner.add_configurations(experiments)
+
+    def next_trial(self) -> Any:
+        """The next trial; None: not now."""
+        return self.inner.next_trial()
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """A trial is over."""
+        self.inner.on_trial_complete(trial_id, result, error)
+
+    def is_finished(self) -> bool:
+        """Whether there are no more trials."""
+        return bool(self.inner.is_finished())
+
+    def set_finished(self) -> None:
+        """There are to be no more."""
+        self.inner.set_finished()
+
+    def save_to_dir(self, dirpath: str, session_str: str) -> None:
+        """Nothing: the journal has it."""
 
 
 class Watch(Callback):  # type: ignore[misc]
