@@ -31,7 +31,8 @@ def spec_of(exploit: str, seed: int, steps: int) -> dict[str, Any]:
     return {
         "distml": "v1", "kind": "population", "name": f"bench-{exploit}", "seed": seed,
         "base": {
-            "name": "digits", "task": {"name": "classification", "data": "digits", "model": {"name": "mlp", "hidden": [64]}},
+            "name": "digits",
+            "task": {"name": "classification", "data": "digits", "model": {"name": "mlp", "hidden": [64]}},
             "strategy": "single", "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}, "batch_size": BATCH,
             "stop": {"steps": steps}, "log": {"every": 100, "to": []}, "seed": seed,
         },

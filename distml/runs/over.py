@@ -155,14 +155,15 @@ class Lineage:
 
     def _take(self, row: Mapping[str, Any]) -> None:
         member, step, event = str(row["member"]), int(row["step"]), row["event"]
-        score = row.get("score")
+        score, points = row.get("score"), self.points.setdefault(member, [])
         if event in ("copy", "replace") and row.get("from") is not None:
             self.copies.append(Copy(member, step, str(row["from"]), int(row["from_step"]), event == "replace",
                                     row.get("cause")))  # fmt: skip
+            points.append(Point(step, score, dict(row.get("before") or (points[-1].values if points else {}))))
             score = row.get("from_score")  # with the donor's weights it is as good as the donor
         if event == "finish":
             self.finished.add(member)
-        self.points.setdefault(member, []).append(Point(step, score, dict(row.get("values") or {})))
+        points.append(Point(step, score, dict(row.get("values") or {})))
 
     def last_score(self, member: str) -> float | None:
         """The newest score of a member."""
@@ -172,13 +173,19 @@ class Lineage:
         """Members, the best first."""
         return sorted(self.points, key=lambda one: objective.worth(self.last_score(one)), reverse=True)
 
-    def ancestry(self, member: str) -> list[Piece]:
-        """The way on which a member's weights came to be, the oldest piece first."""
-        last, pieces = max(point.step for point in self.points[member]), []
+    def ancestry(self, member: str, step: int | None = None) -> list[Piece]:
+        """The way on which a member's weights came to be, the oldest piece first.
+
+        Args:
+            step: that it had them at, before it copied anybody there; None: its last ones.
+        """
         copies = list(self.copies)
+        last = max(point.step for point in self.points[member]) if step is None else step
+        pieces: list[Piece] = []
         while True:
+            limit = last - 1 if step is not None and not pieces else last
             index = next((i for i in reversed(range(len(copies)))
-                          if copies[i].member == member and copies[i].step <= last), None)  # fmt: skip
+                          if copies[i].member == member and copies[i].step <= limit), None)  # fmt: skip
             if index is None:
                 pieces.append(Piece(member, 0, last))
                 return pieces[::-1]
@@ -188,10 +195,11 @@ class Lineage:
             copies = copies[:index]  # what happened later is no part of it
 
     def within(self, piece: Piece) -> Iterator[Point]:
-        """A piece's points; of several at its first step the last: that is after the copy."""
+        """A piece's points: after the copy that it begins with, before one that comes at its end."""
         inside = [point for point in self.points.get(piece.member, []) if piece.first <= point.step <= piece.last]
         first = max((i for i, point in enumerate(inside) if point.step == piece.first), default=0)
-        yield from inside[first:]
+        last = next((i for i, point in enumerate(inside) if point.step == piece.last), len(inside))
+        yield from inside[first : max(first, last) + 1]
 
 
 # --------------------------------------------------------------------------------------------------------------- trials

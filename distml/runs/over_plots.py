@@ -89,10 +89,13 @@ def _add_scale(figure: Figure, axes: Any, norm: Normalize, colours: str, label: 
 
 
 # ----------------------------------------------------------------------------------------------------------- population
-def draw_lineage(lineage: Lineage, objective: Objective, best: str) -> bytes:
+def draw_lineage(lineage: Lineage, objective: Objective, best: str, step: int | None = None) -> bytes:
     """A row per member, the best on top, its colour the score; an arrow for each copy, from the donor.
 
     The way on which the best member's weights came to be is drawn broad.
+
+    Args:
+        step: of the best weights; None: the member's last ones.
     """
     order = lineage.ranked(objective)
     order = [best, *(name for name in order if name != best)]
@@ -104,7 +107,7 @@ def draw_lineage(lineage: Lineage, objective: Objective, best: str) -> bytes:
     norm, colours = _scale(scores, objective)
     for name, row in rows.items():
         _draw_life(axes, lineage, name, row, norm, colours, few)
-    pieces = lineage.ancestry(best)
+    pieces = lineage.ancestry(best, step)
     _draw_copies(axes, lineage, rows, pieces)
     _draw_ancestry(axes, lineage, pieces, rows, few)
     axes.set_yticks(range(len(order)) if few else [0], order if few else [best], fontsize=8 if few else 9)
@@ -162,6 +165,7 @@ def _draw_ancestry(axes: Axes, lineage: Lineage, pieces: Sequence[Piece], rows: 
     for piece in pieces:
         axes.plot([piece.first, piece.last], [rows[piece.member]] * 2, color=BEST, linewidth=width, zorder=4,
                   solid_capstyle="butt")  # fmt: skip
+    axes.plot(pieces[-1].last, rows[pieces[-1].member], "*", color=BEST, markersize=13, zorder=7, clip_on=False)
     replaced = {(copy.member, copy.step) for copy in lineage.copies if copy.replaced}
     for before, after in itertools.pairwise(pieces):
         if (after.member, after.first) in replaced:  # above the broad arrow: it stands for both
@@ -171,14 +175,16 @@ def _draw_ancestry(axes: Axes, lineage: Lineage, pieces: Sequence[Piece], rows: 
             "mutation_scale": 12})  # fmt: skip
 
 
-def draw_schedules(lineage: Lineage, axes_: Sequence[Axis], objective: Objective, best: str) -> bytes:
+def draw_schedules(
+    lineage: Lineage, axes_: Sequence[Axis], objective: Objective, best: str, step: int | None = None
+) -> bytes:  # fmt: skip
     """The objective and each hyperparameter over steps: all members thin, the best one's ancestry broad."""
     shown = list(axes_)[:MAX_AXES]
     columns = min(2, len(shown) + 1)
     lines = math.ceil((len(shown) + 1) / columns)
     figure = _figure(6.2 * columns, 3.0 * lines + 0.4)
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
-    pieces = lineage.ancestry(best)
+    pieces = lineage.ancestry(best, step)
     _score_panel(grid[0], lineage, objective, pieces)
     for panel, axis in zip(grid[1:], shown, strict=False):
         _schedule_panel(panel, lineage, axis, pieces)

@@ -116,7 +116,8 @@ def _population(history: History) -> Shown:
     lineage, spec = Lineage.read(history.path), history.spec
     objective, axes = objectives_of(spec)[0], axes_of(spec)
     ranked = lineage.ranked(objective)
-    best = str((history.result.best or {}).get("member", ranked[0] if ranked else ""))
+    found = history.result.best or {}
+    best, step = str(found.get("member", ranked[0] if ranked else "")), found.get("step")
     lost = [copy for copy in lineage.copies if copy.replaced]
     summary = _summary(history, {
         "members": f"{spec.get('members')}, {len(lineage.finished)} of them to their end",
@@ -132,8 +133,11 @@ def _population(history: History) -> Shown:
         tables.append(("Replaced", ("member", "step", "by a clone of", "cause"), [_lost_row(copy) for copy in lost]))
     pictures: Pictures = {}
     if best in lineage.points and any(points[-1].step for points in lineage.points.values()):
-        pictures["lineage.png"] = "who copied whom", draw_lineage(lineage, objective, best)
-        pictures["schedules.png"] = "schedules that were discovered", draw_schedules(lineage, axes, objective, best)
+        pictures["lineage.png"] = "who copied whom", draw_lineage(lineage, objective, best, step)
+        pictures["schedules.png"] = (
+            "schedules that were discovered",
+            draw_schedules(lineage, axes, objective, best, step),
+        )
     return summary, tables, pictures
 
 

@@ -111,7 +111,7 @@ def write_population(path: Path, members: int = 4, decisions: int = 8, every: in
                        "seconds": 0.004}  # fmt: skip
                 if scores[name] is None:
                     row |= {"event": "replace", "cause": "train/loss is NaN"}
-                rows.append(row)
+                rows[-1] = row  # one event for each decision
                 values[name], scores[name] = requested, scores[donor]
     write_lines(path / "lineage.jsonl", rows)
     best = min(names, key=lambda one: math.inf if scores[one] is None else scores[one])

@@ -56,6 +56,9 @@ def test_an_ancestry_follows_the_copies_back(tmp_path):
     assert lineage.ancestry("c") == [Piece("a", 0, 10), Piece("b", 10, 20), Piece("c", 15, 30)]
     assert lineage.ancestry("b") == [Piece("a", 0, 10), Piece("b", 10, 30)]
     assert lineage.ancestry("a") == [Piece("a", 0, 10), Piece("b", 10, 20), Piece("c", 15, 15), Piece("a", 20, 30)]
+    assert lineage.ancestry("b", 10) == [Piece("b", 0, 10)]  # as it was before it copied there
+    assert lineage.ancestry("b", 20) == [Piece("a", 0, 10), Piece("b", 10, 20)]
+    assert [point.score for point in lineage.within(Piece("b", 0, 10))] == [None, 9.0]
     assert lineage.ranked(LOSS) == ["c", "b", "a"]
     assert lineage.finished == {"a", "b", "c"}
 
