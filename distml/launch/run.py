@@ -265,6 +265,9 @@ def run_command(
     loaded = load_spec(spec, overrides)
     stop = loaded.job.base.stop if isinstance(loaded.job, (SweepSpec, NasSpec)) else loaded.job.stop
     budget = ", ".join(f"{value:g} {name}" for name, value in stop if name in BUDGETS and value)
+    if isinstance(loaded.job, PopulationSpec) and not budget:
+        each = ", ".join(f"{value:g} {name}" for name, value in loaded.job.base.stop if name in BUDGETS and value)
+        budget = f"{each} of each member"
     display = make_display(sys.stdout.isatty(), loaded.job.name, budget)
     if debug:
         os.environ["DISTML_DEBUG"] = "1"
