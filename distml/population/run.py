@@ -80,7 +80,8 @@ class PopulationRun:
         self.best: Best | None = None
         self.has_goal, self.last_cause = False, ""
         self.target, self.decided = self.job.every, 0  # synchronous: the step of the next decision, and of the last
-        self.earlier_s, self.began, self.shown_at = 0.0, time.perf_counter(), 0.0
+        self.earlier_s, self.shown_at = 0.0, 0.0
+        self.began: float | None = None  # when the first member was there
 
     # -------------------------------------------------------------------------------------------------------- the run
     def build(self, resume: bool) -> None:
@@ -114,7 +115,7 @@ class PopulationRun:
 
     def train(self) -> None:
         """To the end; result.json says how it ended."""
-        self.began, self.shown_at = time.perf_counter(), time.monotonic()
+        self.shown_at = time.monotonic()
         self.display.start(f"population of {self.job.members}, {self.host.slots} at a time, {self.job.base.task.name}, "
                            f"{self.job.base.strategy.label}")  # fmt: skip
         for one in self.members.values():
@@ -165,7 +166,7 @@ class PopulationRun:
     @property
     def wall_s(self) -> float:
         """Seconds since the start, counted over resumes."""
-        return self.earlier_s + time.perf_counter() - self.began
+        return self.earlier_s + (time.perf_counter() - self.began if self.began is not None else 0.0)
 
     @property
     def total_steps(self) -> int:
@@ -239,6 +240,7 @@ class PopulationRun:
     # --------------------------------------------------------------------------------------------------------- answers
     def _ready(self, one: Individual, answer: Ready) -> None:
         one.phase = "idle"
+        self.began = self.began or time.perf_counter()
         self.saver.layout, self.saver.frozen = answer.layout, answer.frozen
         order = one.order
         if order is not None and order.state is None:  # it begins with what it was ordered to have
@@ -519,6 +521,8 @@ class PopulationRun:
             self.folders[one.name].finish(one, "interrupted" if reason == "requested" else "done", self.metric)
         self.host.close()
         metrics: dict[str, Any] = dict(self.best.held.metrics) if self.best is not None else {}
+        if self.began is not None:
+            metrics["timing/start_s"] = self.began - self.context.started
         best: dict[str, Any] | None = None
         if self.best is not None:
             folder, held = self.folders[self.best.member], self.best.held
