@@ -18,6 +18,7 @@ from distml.spec.loader import load_spec
 
 LINE = re.compile(r"^[^\n]*:\d+:\d+: [^\n]+$")
 TEXTS = [path.read_text() for path in sorted(JOBS.glob("*.yaml"))]
+OVER_JOBS = [text for text in TEXTS if re.search(r"^kind: (population|sweep|nas)$", text, re.MULTILINE)]
 WORDS = [
     "name",
     "mode",
@@ -87,7 +88,17 @@ def test_text_that_was_damaged(folder, data):
 @FUZZ
 @given(data=st.data())
 def test_trees_that_were_rebuilt(folder, data):
-    tree: Any = yaml.safe_load(data.draw(st.sampled_from(TEXTS)))
+    rebuild(folder, data, data.draw(st.sampled_from(TEXTS)))
+
+
+@settings(FUZZ, max_examples=150)
+@given(data=st.data())
+def test_jobs_over_jobs_that_were_rebuilt(folder, data):
+    rebuild(folder, data, data.draw(st.sampled_from(OVER_JOBS)))
+
+
+def rebuild(folder, data: st.DataObject, text: str) -> None:
+    tree: Any = yaml.safe_load(text)
     for _ in range(data.draw(st.integers(1, 3))):
         holder = _some_block(tree, data)
         key = data.draw(st.sampled_from(sorted(holder)) if holder else st.text(max_size=5))
