@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +55,42 @@ def test_a_killed_member_is_replaced(shared_ray: str, tmp_path: Path, monkeypatc
         assert (history[-1]["event"], history[-1]["step"]) == ("finish", 20)
         rows = [json.loads(line)["step"] for line in (tmp_path / f"run/members/{name}/metrics.jsonl").open()]
         assert rows == sorted(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [0.3, 0.7])
+def test_a_killed_driver_leaves_no_process_and_the_next_run_goes_on(
+    left: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its private Ray ends with it; the end is bitwise that of a run that nobody disturbed."""
+    monkeypatch.chdir(OWN)
+    spec = toy(**FOUR | {"base__stop__steps": 200})
+    for file in ("surrogate.py",):
+        (tmp_path / file).write_text((OWN / file).read_text())
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "distml", "run", str(tmp_path / "spec.yaml"), "--out", str(out)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ends = time.monotonic() + 120.0
+    while not (out / "population.json").exists() or steps_of(out) < left * 200:
+        assert time.monotonic() < ends
+        assert driver.poll() is None
+        time.sleep(0.01)
+    driver.kill()
+    driver.wait()
+    on_the_way = steps_of(out)
+    assert on_the_way < 200
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "ended without finishing" in found.stdout
+    assert "resuming at" in found.stdout
+    go(spec, tmp_path / "inline", monkeypatch, runtime="inline")
+    assert per_member(lineage(out)) == per_member(lineage(tmp_path / "inline"))
+    for name in ("00", "01", "02", "03"):
+        np.testing.assert_array_equal(model(tmp_path / "inline", name), model(out, name))
+
+
+def steps_of(out: Path) -> int:
+    """How far the members are that a resume would go on from."""
+    members = json.loads((out / "population.json").read_text())["members"]
+    return min(member["step"] for member in members.values())
