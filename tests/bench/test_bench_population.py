@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from math import comb
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from distml.bench import (
     population_speed,
     population_sweep,
 )
-from distml.bench.population_task import NoOp
+from distml.bench.population_task import NoOp, meet
 from distml.bench.population_wide import Wide
 from distml.cli import main
 from distml.errors import RunError
@@ -31,12 +32,21 @@ def ticks(folder: Path, **times: list[float]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- speed
-def test_seconds_begin_when_all_members_have(tmp_path):
-    rows = {str(member): [10.0 * member + 0.5 * i for i in range(20)] for member in range(4)}
-    ticks(tmp_path, **rows)
-    assert population_speed.seconds_of(tmp_path) == 9.5  # the last to begin, at 30, is the last to end
-    ticks(tmp_path, **{"9": [50.0]})  # a trial that an exploit has begun anew
-    assert population_speed.seconds_of(tmp_path) == 20.0
+def test_seconds_are_from_the_first_iteration_to_the_last(tmp_path):
+    ticks(tmp_path, **{str(member): [10.0 * member + 0.5 * i for i in range(20)] for member in range(4)})
+    assert population_speed.seconds_of(tmp_path) == 39.5
+
+
+def test_members_meet_before_they_begin(tmp_path):
+    (tmp_path / "ticks-1").touch()
+    meet(tmp_path / "ticks-2", 2)
+    waiting = threading.Thread(target=meet, args=(tmp_path / "ticks-3", 4))
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    (tmp_path / "ticks-4").touch()
+    waiting.join(10)
+    assert not waiting.is_alive()
 
 
 def test_iterations_that_are_missing_are_a_failure(tmp_path):

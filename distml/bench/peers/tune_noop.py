@@ -20,6 +20,8 @@ import ray
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 
+from distml.bench.population_task import meet
+
 
 class NoOp(tune.Trainable):  # type: ignore[misc]
     """One number that grows by the learning rate."""
@@ -31,6 +33,8 @@ class NoOp(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, float]:
         """One iteration."""
+        if not self.file.exists():
+            meet(self.file, int(self.config["together"]))
         with self.file.open("a") as file:
             file.write(f"{time.time()!r}\n")
         self.value += self.config["lr"]
@@ -75,7 +79,7 @@ def population(folder: str, members: int, iterations: int, every: int, reuse: bo
     )  # fmt: skip
     tuner = tune.Tuner(
         tune.with_resources(NoOp, {"cpu": 1}),
-        param_space={"lr": tune.loguniform(1e-3, 1.0), "folder": folder},
+        param_space={"lr": tune.loguniform(1e-3, 1.0), "folder": folder, "together": members},
         tune_config=tune.TuneConfig(scheduler=scheduler, num_samples=members, reuse_actors=reuse),
         run_config=tune.RunConfig(storage_path=f"{folder}/tune", stop={"training_iteration": iterations}, verbose=0),
     )
