@@ -60,7 +60,7 @@ stop: {steps: 2000000}
 evaluate: {every: 1000000}
 checkpoint: {every: 1000000}
 log: {every: 10, to: []}
-resources: {workers: 2}
+resources: {workers: %d}
 """
 
 
@@ -74,7 +74,7 @@ def head() -> Iterator[Head]:
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: Head) -> Path:
     """A working directory; the cluster's token is known, and other clusters are in the environment."""
     files = {"small.yaml": SMALL, "small_task.py": SMALL_TASK, "lib/__init__.py": "", "lib/shapes.py": "WIDTH = 3\n",
-             "long.yaml": LONG, "data.bin": "x" * 1000, ".gitignore": "data.bin\n"}  # fmt: skip
+             "long.yaml": LONG % 2, "data.bin": "x" * 1000, ".gitignore": "data.bin\n"}  # fmt: skip
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -124,9 +124,12 @@ def test_what_a_job_fails_with_is_the_commands_exit_code(work: Path, head: Head)
         wrong.result()
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_client_finds_its_job_which_saves_its_last_step_and_goes_on_later(
-    work: Path, head: Head, capsys
+    work: Path, head: Head, capsys, workers: int
 ) -> None:
+    (work / "long.yaml").write_text(LONG.replace("name: long", f"name: long-{workers}") % workers)
+    run = f"runs/long-{workers}"
     command = [sys.executable, "-m", "distml", "submit", "long.yaml", "--address", head.url, "--follow"]
     client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     watchdog = threading.Timer(WAIT_S, client.kill)
@@ -137,19 +140,19 @@ def test_a_killed_client_finds_its_job_which_saves_its_last_step_and_goes_on_lat
     client.wait(10)
     watchdog.cancel()
 
-    assert main(["status", "runs/long"]) == 0
+    assert main(["status", run]) == 0
     assert ": running" in capsys.readouterr().out
-    held = Handle.read(work / "runs" / "long").submission_id
+    held = Handle.read(work / run).submission_id
     assert main(["submit", "long.yaml", "--address", head.url]) == 2
     error = capsys.readouterr().err
     assert f"distml logs -f --address {head.url} {held}" in error
-    assert Handle.read(work / "runs" / "long").submission_id == held
+    assert Handle.read(work / run).submission_id == held
 
-    assert main(["stop", "runs/long"]) == 0
+    assert main(["stop", run]) == 0
     saved = re.search(r"interrupted at step (\d+), checkpoint (checkpoints/step-\d+) in", capsys.readouterr().out)
     assert saved is not None
-    assert (head.runs / "long" / saved[2]).is_dir()
-    assert main(["logs", "-f", "runs/long"]) == 130
+    assert (head.runs / f"long-{workers}" / saved[2]).is_dir()
+    assert main(["logs", "-f", run]) == 130
     steps = int(saved[1]) + 5
     assert main(["submit", "long.yaml", "--address", head.url, "--set", f"stop.steps={steps}", "-f"]) == 0
     out = capsys.readouterr().out
