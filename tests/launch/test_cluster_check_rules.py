@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -213,6 +215,34 @@ def test_what_is_no_cluster_file_is_one_line(tmp_path, text, said):
     (line,) = check_file(file)[1]
     assert re.match(rf"{re.escape(str(file))}:\d+:\d+: ", line)
     assert re.search(said, line)
+
+
+ODD = (None, [], {}, "", "x", 3, -1, 2.5, True, [1], {"a": 1}, [None], [{"a": None}], "a b'c", {"1": [None]})
+
+
+def _places(value, path=()):
+    """Where something stands in it."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield (*path, key)
+        yield from _places(one, (*path, key))
+
+
+@pytest.mark.parametrize("file", STARTED, ids=lambda file: file.stem)
+def test_whatever_stands_anywhere_is_told_in_lines(tmp_path, file):
+    draw, odd = random.Random(file.stem), tmp_path / "odd.yaml"
+    for _ in range(40):
+        documents = list(yaml.safe_load_all(file.read_text()))
+        document = draw.choice(documents)
+        *around, last = draw.choice(list(_places(document)))
+        for key in around:
+            document = document[key]
+        document[last] = draw.choice(ODD)
+        odd.write_text(yaml.safe_dump_all(documents))
+        assert all(line.startswith(f"{odd}:") and "\n" not in line for line in check_file(odd)[1])
+        if file in FOR_RAY_UP:
+            with contextlib.suppress(UsageError):
+                read_cluster(odd)
 
 
 # ----------------------------------------------------------------------------------------------------------------- plan

@@ -22,6 +22,7 @@ from packaging.version import InvalidVersion, Version
 from distml.launch.check import versions
 from distml.launch.check.json_schema import schema_problems
 from distml.launch.check.secret_values import secrets_in
+from distml.launch.check.shapes import mapping, sequence
 from distml.launch.check.shell import LOOPBACK, listens_everywhere
 from distml.spec.messages import Problem, near, shorten
 from distml.spec.yaml import KeyPath
@@ -31,6 +32,7 @@ NAME = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
 LONGEST = {"RayCluster": 53, "RayJob": 47}
 GPU = "nvidia.com/gpu"
 TOKEN_SINCE, KUBERNETES_TOKEN_SINCE = Version("2.52.0"), Version("2.55.0")
+KEPT = {"persistentVolumeClaim", "nfs", "csi"}
 OPEN_SERVICES = ("LoadBalancer", "NodePort")
 
 
@@ -45,27 +47,27 @@ class Group:
     @cached_property
     def pod(self) -> dict[str, Any]:
         """The specification of its pods."""
-        return _mapping(_mapping(self.data.get("template")).get("spec"))
+        return mapping(mapping(self.data.get("template")).get("spec"))
 
     @property
     def labels(self) -> dict[str, Any]:
         """Of its pods."""
-        return _mapping(_mapping(_mapping(self.data.get("template")).get("metadata")).get("labels"))
+        return mapping(mapping(mapping(self.data.get("template")).get("metadata")).get("labels"))
 
     @property
     def containers(self) -> list[dict[str, Any]]:
         """Ray's is the first."""
-        return [_mapping(one) for one in self.pod.get("containers") or ()]
+        return [mapping(one) for one in sequence(self.pod.get("containers"))]
 
     @property
     def start(self) -> dict[str, Any]:
         """The options of `ray start`."""
-        return _mapping(self.data.get("rayStartParams"))
+        return mapping(self.data.get("rayStartParams"))
 
     @property
     def gpus(self) -> int:
         """Of each pod, as Kubernetes is asked for them."""
-        limits = _mapping(_mapping(next(iter(self.containers), {}).get("resources")).get("limits"))
+        limits = mapping(mapping(next(iter(self.containers), {}).get("resources")).get("limits"))
         found = str(limits.get(GPU, 0))
         return int(found) if found.isdigit() else 0
 
@@ -85,12 +87,12 @@ class Cluster:
     @cached_property
     def head(self) -> Group:
         """Of the head."""
-        return Group("head", _mapping(self.spec.get("headGroupSpec")), (*self.path, "headGroupSpec"))
+        return Group("head", mapping(self.spec.get("headGroupSpec")), (*self.path, "headGroupSpec"))
 
     @cached_property
     def workers(self) -> list[Group]:
         """The groups of workers."""
-        groups = [_mapping(one) for one in self.spec.get("workerGroupSpecs") or ()]
+        groups = [mapping(one) for one in sequence(self.spec.get("workerGroupSpecs"))]
         return [Group(str(one.get("groupName", index)), one, (*self.path, "workerGroupSpecs", index))
                 for index, one in enumerate(groups)]  # fmt: skip
 
@@ -110,8 +112,8 @@ class Cluster:
         """Whether the operator starts it with a token; the block's own default is that it does."""
         if self.auth is not None:
             return str(self.auth.get("mode", "token")) == "token"
-        return all(any(_mapping(entry).get("name") == "RAY_AUTH_MODE" and entry.get("value") == "token"
-                       for container in group.containers[:1] for entry in container.get("env") or ())
+        return all(any(mapping(entry).get("name") == "RAY_AUTH_MODE" and entry.get("value") == "token"
+                       for container in group.containers[:1] for entry in sequence(container.get("env")))
                    for group in self.groups)  # fmt: skip
 
     @property
@@ -127,17 +129,17 @@ def kuberay_problems(data: dict[str, Any], others: list[dict[str, Any]]) -> Iter
         data: the document.
         others: all documents of the file.
     """
-    kind, metadata = str(data.get("kind", "")), _mapping(data.get("metadata"))
+    kind, metadata = str(data.get("kind", "")), mapping(data.get("metadata"))
     if kind in LONGEST:
         yield from _kind(data, kind)
         yield from _name(kind, metadata.get("name"))
-        spec = _mapping(data.get("spec"))
+        spec = mapping(data.get("spec"))
         if kind == "RayJob":
             yield from _job(spec)
         inner = spec.get("rayClusterSpec") if kind == "RayJob" else spec
         if isinstance(inner, dict):
             path: KeyPath = ("spec", "rayClusterSpec") if kind == "RayJob" else ("spec",)
-            cluster = Cluster(inner, path, _mapping(metadata.get("labels")))
+            cluster = Cluster(inner, path, mapping(metadata.get("labels")))
             yield from _cluster(cluster, kind, str(metadata.get("name")), others)
             if kind == "RayJob":
                 yield from _job_on(spec, cluster)
@@ -195,15 +197,15 @@ def _group(cluster: Cluster, group: Group) -> Iterator[Problem]:
     if given and group.data.get("resources"):
         yield Problem(f"{group.name}: resources stand in rayStartParams ({', '.join(given)}) and in resources, which "
                       "the operator refuses; keep one", ((*group.path, "resources"),))  # fmt: skip
-    volumes = {_mapping(one).get("name") for one in group.pod.get("volumes") or ()}
+    volumes = {str(mapping(one).get("name")) for one in sequence(group.pod.get("volumes"))}
     for index, container in enumerate(group.containers):
-        for number, mount in enumerate(container.get("volumeMounts") or ()):
-            if _mapping(mount).get("name") not in volumes:
+        for number, mount in enumerate(sequence(container.get("volumeMounts"))):
+            if str(mapping(mount).get("name")) not in volumes:
                 place = (*group.path, "template", "spec", "containers", index, "volumeMounts", number, "name")
-                yield Problem(f"{group.name}: no volume is called {shorten(_mapping(mount).get('name'))}; add it to "
+                yield Problem(f"{group.name}: no volume is called {shorten(mapping(mount).get('name'))}; add it to "
                               "volumes, or correct the name", (place,), "value")  # fmt: skip
         for key in ("command", "args"):
-            for number, word in enumerate(container.get(key) or ()):
+            for number, word in enumerate(sequence(container.get(key))):
                 part = listens_everywhere(str(word))
                 if part:
                     place = (*group.path, "template", "spec", "containers", index, key, number)
@@ -254,7 +256,7 @@ def _reachable(cluster: Cluster, kind: str, name: str, others: list[dict[str, An
     if head.data.get("serviceType") in OPEN_SERVICES:
         yield Problem(f"serviceType {head.data['serviceType']} opens Ray to the outside; remove it and use kubectl "
                       "port-forward", ((*head.path, "serviceType"),))  # fmt: skip
-    inner = _mapping(_mapping(head.data.get("headService")).get("spec")).get("type")
+    inner = mapping(mapping(head.data.get("headService")).get("spec")).get("type")
     if inner in OPEN_SERVICES:
         yield Problem(f"a headService of type {inner} opens Ray to the outside; remove it and use kubectl port-forward",
                       ((*head.path, "headService", "spec", "type"),))  # fmt: skip
@@ -283,10 +285,10 @@ def _selects(policy: dict[str, Any], labels: dict[str, Any]) -> bool:
     """Whether a document is a network policy that keeps pods with these labels from what comes in."""
     if policy.get("kind") != "NetworkPolicy":
         return False
-    spec = _mapping(policy.get("spec"))
-    wanted = _mapping(_mapping(spec.get("podSelector")).get("matchLabels"))
-    open_to_all = any(not _mapping(rule).get("from") for rule in spec.get("ingress") or ())
-    covers = "Ingress" in (spec.get("policyTypes") or ["Ingress"])
+    spec = mapping(policy.get("spec"))
+    wanted = mapping(mapping(spec.get("podSelector")).get("matchLabels"))
+    open_to_all = any(not mapping(rule).get("from") for rule in sequence(spec.get("ingress")))
+    covers = "Ingress" in (sequence(spec.get("policyTypes")) or ["Ingress"])
     return covers and not open_to_all and all(labels.get(key) == value for key, value in wanted.items())
 
 
@@ -317,7 +319,7 @@ def _cluster_versions(cluster: Cluster) -> Iterator[Problem]:
 
 # ----------------------------------------------------------------------------------------------------------------- job
 def _job(spec: dict[str, Any]) -> Iterator[Problem]:
-    selector, retries = _mapping(spec.get("clusterSelector")), spec.get("backoffLimit")
+    selector, retries = mapping(spec.get("clusterSelector")), spec.get("backoffLimit")
     retries = retries if isinstance(retries, int) else 0
     if not selector and "rayClusterSpec" not in spec:
         yield Problem("a RayJob needs rayClusterSpec, or clusterSelector of a cluster that runs; add one", (("spec",),))
@@ -370,10 +372,10 @@ def _job_on(spec: dict[str, Any], cluster: Cluster) -> Iterator[Problem]:
 
 def _kept_mounts(group: Group) -> list[str]:
     """Where what outlives the pods is mounted."""
-    kept = {one["name"] for one in map(_mapping, group.pod.get("volumes") or ())
-            if "name" in one and {"persistentVolumeClaim", "nfs", "csi"} & set(one)}  # fmt: skip
-    return [str(mount.get("mountPath")) for container in group.containers[:1]
-            for mount in map(_mapping, container.get("volumeMounts") or ()) if mount.get("name") in kept]  # fmt: skip
+    volumes = map(mapping, sequence(group.pod.get("volumes")))
+    kept = {str(one["name"]) for one in volumes if "name" in one and KEPT & set(one)}
+    mounts = [mapping(one) for container in group.containers[:1] for one in sequence(container.get("volumeMounts"))]
+    return [str(mount.get("mountPath")) for mount in mounts if str(mount.get("name")) in kept]
 
 
 def _is_below(path: str, folder: str) -> bool:
@@ -388,7 +390,7 @@ def _words(command: str) -> list[str]:
 
 
 def _open_service(data: dict[str, Any], kind: str) -> Iterator[Problem]:
-    spec = _mapping(data.get("spec"))
+    spec = mapping(data.get("spec"))
     if kind == "Service" and spec.get("type") in OPEN_SERVICES:
         yield Problem(f"a Service of type {spec['type']} opens Ray to the outside; remove it and use kubectl "
                       "port-forward", (("spec", "type"),))  # fmt: skip
@@ -401,7 +403,3 @@ def _version(text: Any) -> Version | None:
         return Version(str(text)) if text is not None else None
     except InvalidVersion:
         return None
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

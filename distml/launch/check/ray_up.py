@@ -30,6 +30,7 @@ from distml.launch.check.providers import (
     launcher_schema,
 )
 from distml.launch.check.secret_values import secrets_in
+from distml.launch.check.shapes import mapping, sequence
 from distml.launch.check.shell import LOOPBACK, RayStart, environment_of, listens_everywhere, ray_starts
 from distml.spec.messages import Problem, near, shorten
 from distml.spec.yaml import KeyPath, dotted
@@ -51,7 +52,7 @@ class Launch:
     @cached_property
     def provider(self) -> dict[str, Any]:
         """Its block `provider`."""
-        return _mapping(self.data.get("provider"))
+        return mapping(self.data.get("provider"))
 
     @cached_property
     def kind(self) -> str:
@@ -66,12 +67,12 @@ class Launch:
     @cached_property
     def types(self) -> dict[str, dict[str, Any]]:
         """The node types by name."""
-        return {name: _mapping(one) for name, one in _mapping(self.data.get("available_node_types")).items()}
+        return {name: mapping(one) for name, one in mapping(self.data.get("available_node_types")).items()}
 
     @property
     def docker(self) -> dict[str, Any]:
         """Its block `docker`."""
-        return _mapping(self.data.get("docker"))
+        return mapping(self.data.get("docker"))
 
     def commands(self, *keys: str) -> Iterator[tuple[str, KeyPath]]:
         """The commands that the file has under these keys, also those of single node types."""
@@ -90,12 +91,12 @@ class Launch:
 
     def gpus(self, name: str) -> int:
         """How many a node type has."""
-        found = _mapping(self.types.get(name, {}).get("resources")).get("GPU", 0)
+        found = mapping(self.types.get(name, {}).get("resources")).get("GPU", 0)
         return found if isinstance(found, int) else 0
 
     def images(self) -> Iterator[tuple[str, KeyPath]]:
         """The containers that nodes run in."""
-        blocks = [(self.docker, ("docker",)), *((_mapping(one.get("docker")), ("available_node_types", name, "docker"))
+        blocks = [(self.docker, ("docker",)), *((mapping(one.get("docker")), ("available_node_types", name, "docker"))
                                                 for name, one in self.types.items())]  # fmt: skip
         for block, path in blocks:
             for key in ("image", "head_image", "worker_image"):
@@ -157,7 +158,7 @@ def _local(launch: Launch) -> Iterator[Problem]:
     for key in ("available_node_types", "head_node_type", "head_node", "worker_nodes"):
         if launch.data.get(key):
             yield Problem(f"the provider local has its machines from head_ip and worker_ips; remove {key}", ((key,),))
-    if not _mapping(launch.data.get("auth")).get("ssh_user"):
+    if not mapping(launch.data.get("auth")).get("ssh_user"):
         yield Problem("auth.ssh_user is missing; write the user to log in as", (("auth",), ("provider",)))
     ips = launch.provider.get("worker_ips")
     number = len(ips) if isinstance(ips, list) else 0
@@ -173,14 +174,15 @@ def _local(launch: Launch) -> Iterator[Problem]:
 def _node_types(launch: Launch) -> Iterator[Problem]:
     if launch.kind == "local":
         return
-    head, types, most = launch.data.get("head_node_type"), launch.types, launch.data.get("max_workers")
+    types, most = launch.types, launch.data.get("max_workers")
+    head = launch.data.get("head_node_type")
     if launch.kind in KEYS and not types:
         yield Problem("available_node_types is missing, so Ray would start its own default machines, without GPUs; "
                       "write them", ())  # fmt: skip
     if types and head is None:
         yield Problem("the key 'head_node_type' is missing; name one of available_node_types",
                       (("available_node_types",),))  # fmt: skip
-    elif types and head not in types:
+    elif types and str(head) not in types:
         hint = f"did you mean {near(str(head), types)!r}?" if near(str(head), types) else f"known: {', '.join(types)}"
         yield Problem(f"head_node_type {shorten(head)} is not in available_node_types; {hint}",
                       (("head_node_type",),), "value")  # fmt: skip
@@ -204,13 +206,13 @@ def _node_types(launch: Launch) -> Iterator[Problem]:
 def _machines(launch: Launch) -> Iterator[Problem]:
     for name, one in launch.types.items():
         path: KeyPath = ("available_node_types", name)
-        kind = instance_name(_mapping(one.get("node_config")))
+        kind = instance_name(mapping(one.get("node_config")))
         if kind is None:
             if launch.kind in ("aws", "gcp"):
                 key = "InstanceType" if launch.kind == "aws" else "machineType"
                 yield Problem(f"node_config of {name} does not say {key}; add it", ((*path, "node_config"), path))
             continue
-        known, given = INSTANCES.get(kind), _mapping(one.get("resources"))
+        known, given = INSTANCES.get(kind), mapping(one.get("resources"))
         has = {"GPU": known.num_gpus, "CPU": known.num_cpus} if known else {}
         for resource, number in has.items():
             asked = given.get(resource)
@@ -220,7 +222,7 @@ def _machines(launch: Launch) -> Iterator[Problem]:
         if known and given.get("GPU") in (None, 0):
             yield Problem(f"{name} is a {kind}, whose {known.num_gpus} GPUs its resources leave out; add GPU: "
                           f"{known.num_gpus}, or take a cheaper machine", ((*path, "resources"), path))  # fmt: skip
-        gpu_flag = launch.kind == "gcp" and "guestAccelerators" in _mapping(one.get("node_config"))
+        gpu_flag = launch.kind == "gcp" and "guestAccelerators" in mapping(one.get("node_config"))
         if launch.gpus(name) and known is None and launch.kind == "gcp" and not gpu_flag:
             yield Problem(f"{name} says GPU: {launch.gpus(name)}, and a {kind} without guestAccelerators has none; add "
                           "them", ((*path, "resources", "GPU"),), "value")  # fmt: skip
@@ -249,7 +251,7 @@ def _more_gpus_than_there_are(launch: Launch) -> Iterator[Problem]:
 
 # ------------------------------------------------------------------------------------------------- files and containers
 def _mounts(launch: Launch) -> Iterator[Problem]:
-    for remote, local in _mapping(launch.data.get("file_mounts")).items():
+    for remote, local in mapping(launch.data.get("file_mounts")).items():
         path: KeyPath = ("file_mounts", remote)
         if not isinstance(local, str):
             yield Problem(f"{dotted(path)} must be a path on this machine; write one", (path,), "value")
@@ -261,13 +263,13 @@ def _mounts(launch: Launch) -> Iterator[Problem]:
             yield Problem(f"there is no {local} to copy to {remote}; {advice}", (path,), "value")
         elif remote.endswith(TOKEN_FILE) and readable_by_others(source):
             yield Problem(f"the token in {local} can be read by other users; chmod 600 {local}", (path,), "value")
-    key = _mapping(launch.data.get("auth")).get("ssh_private_key")
+    key = mapping(launch.data.get("auth")).get("ssh_private_key")
     if isinstance(key, str) and not Path(key).expanduser().exists():
         yield Problem(f"there is no {key}; write the path of the key to log in with", (("auth", "ssh_private_key"),),
                       "value")  # fmt: skip
     if key is not None and launch.kind == "aws":
         for name, one in launch.types.items():
-            config = _mapping(one.get("node_config"))
+            config = mapping(one.get("node_config"))
             if "KeyName" not in config and "UserData" not in config:
                 yield Problem(f"auth.ssh_private_key is given, so node_config of {name} needs KeyName; add it, or "
                               "remove ssh_private_key and Ray makes one",
@@ -332,7 +334,7 @@ def _tokens(launch: Launch) -> Iterator[Problem]:
                 what = "without a token" if mode is None else f"with RAY_AUTH_MODE={mode}"
                 yield Problem(f"the {role} starts {what}, so that whoever reaches it runs code there; {TOKEN_ADVICE}",
                               (path,), "value")  # fmt: skip
-    mounts = _mapping(launch.data.get("file_mounts"))
+    mounts = mapping(launch.data.get("file_mounts"))
     if started and not any(remote.endswith(TOKEN_FILE) or remote in token_paths for remote in mounts):
         yield Problem(f"no token is copied to the nodes, and ray up does not do so itself; add ~/{TOKEN_FILE}: "
                       f"~/{TOKEN_FILE} to file_mounts", (("file_mounts",), ()))  # fmt: skip
@@ -350,11 +352,11 @@ def _open_ports(launch: Launch) -> Iterator[Problem]:
             if re.search(r"(^|\s)(-p|-P|--publish|--publish-all)(\s|=|$|\d)", option):
                 yield Problem(f"{option} opens a port of the container; remove it and use an ssh tunnel",
                               (("docker", key, index),), "value")  # fmt: skip
-    group = _mapping(launch.provider.get("security_group"))
-    for index, rule in enumerate(group.get("IpPermissions") or ()):
-        rule = _mapping(rule)
-        ranges = [*(rule.get("IpRanges") or ()), *(rule.get("Ipv6Ranges") or ())]
-        anyone = any(value in ANYWHERE for one in ranges for value in _mapping(one).values())
+    group = mapping(launch.provider.get("security_group"))
+    for index, rule in enumerate(sequence(group.get("IpPermissions"))):
+        rule = mapping(rule)
+        ranges = [*(sequence(rule.get("IpRanges"))), *(sequence(rule.get("Ipv6Ranges")))]
+        anyone = any(value in ANYWHERE for one in ranges for value in mapping(one).values())
         ports = (rule.get("FromPort"), rule.get("ToPort"))
         if anyone and ports != (SSH, SSH):
             yield Problem(f"ports {ports[0]} to {ports[1]} are opened to everyone; remove the rule, ssh is open "
@@ -373,12 +375,8 @@ def _versions(launch: Launch) -> Iterator[Problem]:
     yield from versions.mismatches(asked)
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _strings(value: Any) -> Iterator[tuple[int, str]]:
     """The strings of a list, with their places."""
-    for index, one in enumerate(value if isinstance(value, list) else ()):
+    for index, one in enumerate(sequence(value)):
         if isinstance(one, str):
             yield index, one

@@ -8,6 +8,7 @@ from pathlib import Path
 from distml.launch.check.documents import read_documents
 from distml.launch.check.providers import INSTANCES, Instance, instance_name
 from distml.launch.check.ray_up import Launch
+from distml.launch.check.shapes import mapping
 from distml.spec.messages import shorten
 
 
@@ -32,15 +33,17 @@ def rented(path: Path) -> Rented:
         raise document.where(("provider", "type")).error(
             f"ray up finds out what these machines have; {way_out}: distml doctor --address ADDRESS --out FILE does so"
         )
-    most = launch.data.get("max_workers", launch.defaults.get("max_workers", 0))
+    most = launch.data.get("max_workers", launch.defaults.get("max_workers"))
+    if not isinstance(most, int):
+        raise document.where(("max_workers",), "key").error("max_workers must be a whole number; write one")
     for name, one in launch.types.items():
-        kind = instance_name(one.get("node_config") or {})
-        if not launch.gpus(name):
+        kind, number = instance_name(mapping(one.get("node_config"))), one.get("max_workers", most)
+        if not launch.gpus(name) or not isinstance(number, int):
             continue
         if kind not in INSTANCES:
             place = document.where(("available_node_types", name, "node_config"), "key")
             raise place.error(f"{shorten(kind)} is not among the machines known here; {way_out}")
-        found[kind] = found.get(kind, 0) + int(one.get("max_workers", most))
+        found[kind] = found.get(kind, 0) + number
     if not found:
         raise document.where(("available_node_types",), "key").error(f"no node type has GPUs; {way_out}")
     best = max(found, key=lambda kind: INSTANCES[kind].num_gpus * found[kind])
