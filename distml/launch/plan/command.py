@@ -201,9 +201,16 @@ def plan_command(
         lines = [f"{loaded.summary}: {many.number:,} {many.what}, each of them"] if many is not None else []
         lines += shape_lines(plan.size.shapes) if shapes else []
         lines += plan_lines(plan, change, changed, searched=not plan.fits)
-        lines += [f"{budget}{f'; less, as {many.least}' if many and many.least else ''}"] if budget is not None else []
+        lines += [] if children is None else [_sum_line(budget, many)]
         print("\n".join(lines))
     return int(ExitCode.DONE if plan.fits else ExitCode.GOAL_MISSED)
+
+
+def _sum_line(budget: Budget | None, many: Many | None) -> str:
+    """The last line: what all runs come to."""
+    if budget is None:
+        return "all of them: base.stop has no steps, examples, tokens or seconds; give --hours-each"
+    return f"{budget}{f'; less, as {many.least}' if many and many.least else ''}"
 
 
 def _budget(plan: Plan, children: Children | None, cluster: ClusterSpec | None, many: Many | None) -> Budget | None:
