@@ -43,8 +43,8 @@ def closing_table(members: Iterable[Individual], order: list[str], metric: str) 
     rows = [["member", "step", metric, *paths, "copied", "lost"]]
     for one in (known[name] for name in names):
         values = [_shown(one.record.held.values[path]) for path in paths]
-        rows.append([one.name, f"{one.record.held.step}", number(one.record.score), *values, f"{one.copies}",
-                     f"{one.losses}"])  # fmt: skip
+        score = number(one.record.score) if one.record.score is not None else "-"
+        rows.append([one.name, f"{one.record.held.step}", score, *values, f"{one.copies}", f"{one.losses}"])
     left_out = len(known) - len(names)
     lines = _aligned(rows) + ([f"and {left_out} more members, which are worse"] if left_out else [])
     given_up = [f"member {one.name} was given up: {one.record.error}" for one in known.values() if one.record.error]

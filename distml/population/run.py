@@ -503,10 +503,11 @@ class PopulationRun:
         try:
             checkpoint = store.load(step)
         except (CheckpointDamaged, UsageError) as error:
-            self.display.note(f"member {name}: {error}; it goes on from an older one")
             found = store.newest_good(self.display.note)
             if found is None or RECORD not in found.state:
-                raise UsageError(f"member {name} has no good checkpoint left; --fresh begins anew") from error
+                self.display.note(f"member {name}: {error}; it has no other one, and begins anew")
+                return self._new(name).record
+            self.display.note(f"member {name}: {error}; it goes on from an older one")
             checkpoint, values = found, found.state[RECORD]
         return record_of(values, self.host.put(cut_of(checkpoint)))
 

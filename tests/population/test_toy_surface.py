@@ -47,7 +47,7 @@ def test_a_population_reaches_the_optimum(seed: int, tmp_path: Path) -> None:
     [{"explore": "none"}, {"exploit": "none"}, {"exploit": "none", "explore": "none"}],
     ids=["exploit only", "explore only", "neither"],
 )
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [SEEDS[0], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[1:])])
 def test_half_of_it_does_not(seed: int, changes: dict[str, Any], tmp_path: Path) -> None:
     assert quality(seed, tmp_path / "run", **changes) < 0.6
 
