@@ -914,11 +914,10 @@ def diverted_output(path: Path) -> Iterator[None]:
         sys.stdout, sys.stderr = cast(TextIO, _ByThread(before[0], log)), cast(TextIO, _ByThread(before[1], log))
         handler = logging.StreamHandler(log)
         logger = logging.getLogger("ray")
-        logger.addHandler(handler)
+        handlers, logger.handlers = logger.handlers, [handler]  # Ray's own one writes to the terminal
         propagated, logger.propagate = logger.propagate, False
         try:
             yield
         finally:
             sys.stdout, sys.stderr = before
-            logger.removeHandler(handler)
-            logger.propagate = propagated
+            logger.handlers, logger.propagate = handlers, propagated
