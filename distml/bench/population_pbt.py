@@ -38,6 +38,7 @@ def spec_of(exploit: str, seed: int, steps: int) -> dict[str, Any]:
         },
         "members": MEMBERS, "every": EVERY, "space": {"optimizer.lr": {"loguniform": [1e-5, 1e1]}},
         "objective": "eval/loss", "exploit": exploit, "checkpoint": {"every": 1000},
+        "explore": "none" if exploit == "none" else "perturb",  # else everybody explores alone
     }  # fmt: skip
 
 
