@@ -40,7 +40,7 @@ from distml.spec.messages import near
 from distml.spec.nas import NasSpec
 from distml.spec.schema import ClassificationSpec, JobSpec
 
-WAIT_S = 1.0
+WAIT_S, RESULT_EVERY_S = 1.0, 1.0
 STATE_EVERY = 100  # rewards between two kept states of the controller; what came after is played back
 HOPELESS = 10  # children that failed while none has finished: then it is not their architecture
 FRONT_SHOWN = 12
@@ -71,7 +71,7 @@ class SearchRun:
         self.ready: dict[str, Ready] = {}
         self.again: deque[Trial] = deque()
         self.best: Trial | None = None
-        self.earlier_s, self.began = 0.0, time.perf_counter()
+        self.earlier_s, self.began, self.recorded_at = 0.0, time.perf_counter(), 0.0
         self.has_started = False
         self.closes: list[Callable[[], object]] = []
 
@@ -329,7 +329,9 @@ class SearchRun:
         if self.controller.baseline is not None:
             row["nas/baseline"] = self.controller.baseline
         self.directory.metrics.append({"step": over, "wall_s": self.seconds, **row})
-        self._record(durable=False, status="running")
+        if trial is self.best or time.perf_counter() - self.recorded_at >= RESULT_EVERY_S:
+            self.recorded_at = time.perf_counter()
+            self._record(durable=False, status="running")
         self.display.evaluated(over, row)
         self.display.report(over, over / self.job.trials, row)
 
