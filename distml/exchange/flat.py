@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -283,6 +283,14 @@ def to_numpy(tensor: Tensor) -> Array:
     tensor = tensor.detach().cpu()
     array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
+
+
+CopyVector = Callable[[Tensor], Array]  # a vector [n] as an array that nobody else writes into
+
+
+def copy_vector(vector: Tensor) -> Array:
+    """In new memory."""
+    return to_numpy(vector).copy()
 
 
 def borrowed(array: Array) -> Tensor:

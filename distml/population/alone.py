@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from distml.errors import UsageError
 from distml.events import Event
 from distml.exchange.compression.build import compression_of
-from distml.exchange.flat import to_numpy
+from distml.exchange.flat import CopyVector, copy_vector, to_numpy
 from distml.exchange.layout import Array, Layout
 from distml.loop import BEGINS_ANEW, Trainer, failure, random_states, set_random_states
 from distml.population.live import live_values
@@ -140,9 +140,9 @@ class Alone:
         stream = {"stream": BEGINS_ANEW} if self.begins_anew else {}
         return clock, {0: {**self.trainer.own_state(), "random": self.random, **stream}}
 
-    def state(self) -> Cut:
-        """A copy."""
-        shared = self.strategy.shared_state()
+    def state(self, copy: CopyVector = copy_vector) -> Cut:
+        """A copy, whose vectors are where `copy` puts them."""
+        shared = self.strategy.shared_state(copy)
         _, own = self.standing()
         rule = self.strategy.live_optimizer().model_dump(mode="json", by_alias=True)
         return Cut(self.version, {**shared, "clock": {**shared["clock"], "optimizer": rule}}, own)

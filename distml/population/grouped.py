@@ -10,7 +10,9 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from distml.errors import RunError
 from distml.events import Evaluated, Event, Failed, Finished, Snapshot
+from distml.exchange.flat import CopyVector, copy_vector
 from distml.exchange.layout import Array, Layout
 from distml.population.transfer import changed_shape, moved
 from distml.runtime.cut import Cut, named_tensors, reshard
@@ -60,7 +62,11 @@ class Grouped:
         self.cuts: dict[int, Cut] = {}
         self.halves: dict[int, tuple[int, dict[str, Any]]] = {}
         end, judged = self.version, False
-        self.group.begin(self.cut, until)
+        try:
+            self.group.begin(self.cut, until)
+        except RunError as error:  # a process has died since
+            yield Lost(error.role, error.message, error.phase)
+            return
         self.is_loaded = True
         for event in self.group.events():
             if isinstance(event, Snapshot):
@@ -119,8 +125,8 @@ class Grouped:
             return self.cut.shared["clock"], self.cut.own
         return {"version": 0, "examples": 0, "frames": 0, "updates": 0, "agenda": self.agenda.state()}, {}
 
-    def state(self) -> Cut:
-        """What it ended with at the last pause; nobody writes into it.
+    def state(self, copy: CopyVector = copy_vector) -> Cut:
+        """What it ended with at the last pause: no copy is needed, as nobody writes into it.
 
         Raises:
             RuntimeError: there was none yet.

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from distml.errors import UsageError
 from distml.events import Evaluated, Failed, Finished, Report
+from distml.exchange.flat import CopyVector, copy_vector
 from distml.exchange.layout import Array, Layout
 from distml.population.alone import Alone
 from distml.population.grouped import Grouped
@@ -101,6 +102,7 @@ class Member:
         injections: failures to cause, in the form of a training run (`kill:rank=0,step=40`).
         make_group: makes the group of a job with several workers; by default logical workers in this process.
         start_weights: what `init` starts from: tensors by name.
+        memory: for each state in turn, what copies its vectors.
 
     Raises:
         UsageError: its strategy's state is in no one place.
@@ -109,8 +111,10 @@ class Member:
     def __init__(
         self, job: JobSpec, sources: SourceTree, directory: Path, injections: tuple[str, ...] = (),
         make_group: MakeGroup | None = None, start_weights: Mapping[str, Array] | None = None,
+        memory: Callable[[], CopyVector] = lambda: copy_vector,
     ) -> None:  # fmt: skip
         check(job)
+        self.memory = memory
         self.job, self.sources, self.directory = job, sources, directory
         self.training = self._training(injections, make_group, start_weights)
         self.merger = ReportMerger(job.resources.workers, job.strategy.is_synchronous, task_tokens(job.task))
@@ -187,7 +191,7 @@ class Member:
 
     def state(self) -> Cut:
         """A copy of the whole state: shared half, own halves; to be asked for between two calls of `advance`."""
-        return self.training.state()
+        return self.training.state(self.memory())
 
     def load(self, cut: Cut) -> None:
         """Go on from a whole state, with this member's own values: budget, stream and random states are the cut's.

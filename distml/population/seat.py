@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from distml.errors import RunError, UsageError
+from distml.exchange.flat import CopyVector, copy_vector
 from distml.exchange.layout import Array
 from distml.population.host import Advanced, Answer, Copied, Gone, Ready
 from distml.population.member import MakeGroup, Member, MemberError
@@ -28,12 +29,15 @@ class Seat:
         directory: where members have their folders.
         start_weights: what `init` starts from.
         make_group: makes the group of a member with several workers.
+        memory: for each state in turn, what copies its vectors.
     """
 
     def __init__(
         self, sources: SourceTree, directory: Path, start_weights: Mapping[str, Array] | None = None,
         make_group: Callable[[str, tuple[str, ...]], MakeGroup] | None = None,
+        memory: Callable[[], CopyVector] = lambda: copy_vector,
     ) -> None:  # fmt: skip
+        self.memory = memory
         self.sources, self.directory, self.start_weights = sources, directory, start_weights
         self.make_group = make_group
         self.member: Member | None = None
@@ -47,7 +51,8 @@ class Seat:
         def begin() -> Answer:
             made = self.make_group(name, injections) if self.make_group is not None else None
             folder = self.directory / name
-            member = self.member = Member(job, self.sources, folder, injections, made, self.start_weights)
+            member = self.member = Member(job, self.sources, folder, injections, made, self.start_weights,
+                                          self.memory)  # fmt: skip
             built = member.build(state)
             return Ready(name, built.layout, built.frozen, built.parameters, member.live(self.watch))
 

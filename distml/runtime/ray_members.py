@@ -31,6 +31,7 @@ from distml.runtime.actors import patience_s
 from distml.runtime.cut import Cut
 from distml.runtime.deaths import cause_of_death
 from distml.runtime.endings import close_within
+from distml.runtime.kept import Left
 from distml.runtime.ray import check_resources, connect, diverted_output, kill
 from distml.spec.schema import JobSpec
 from distml.tasks.sources import SourceTree
@@ -44,22 +45,32 @@ class Kept:
     """A handle: a state in the process where a member has left it, or in the object store.
 
     Args:
-        actor: the process, and `token` its number there.
+        actor: the process, and `found` where the state is in it.
+        node: of the process.
         reference: in the object store.
-        dropped: where the number goes when nobody refers to this any more; whoever talks to the process passes it on.
+        dropped: where its number goes when nobody refers to this any more; whoever talks to the process passes it on.
     """
 
-    def __init__(self, actor: Any, token: int, reference: Any, dropped: deque[int] | None) -> None:
-        self._actor, self._token, self._reference = actor, token, reference
+    def __init__(
+        self, actor: Any, found: Left | None, node: str | None, reference: Any, dropped: deque[int] | None
+    ) -> None:
+        self._actor, self._found, self._node, self._reference = actor, found, node, reference
         self._lock = threading.Lock()
-        if dropped is not None:  # not a call: this may run within any other one, on any thread
-            weakref.finalize(self, dropped.append, token)
+        if dropped is not None and found is not None:  # not a call: this may run within any other one, on any thread
+            weakref.finalize(self, dropped.append, found.token)
+
+    def way_from(self, node: str | None) -> Any:
+        """How a process on `node` gets it: directly from shared memory, where that is its host's."""
+        with self._lock:
+            direct = self._reference is None and self._found is not None and self._found.places is not None
+        return self._found if direct and node is not None and node == self._node else self.reference()
 
     def reference(self) -> Any:
         """In the object store, where its process puts it now if it has not yet."""
         with self._lock:
             if self._reference is None:
-                self._reference = self._actor.give.remote(self._token)
+                assert self._found is not None
+                self._reference = self._actor.give.remote(self._found.token)
                 self._actor = None
             return self._reference
 
@@ -69,7 +80,8 @@ class Slot:
     """One slot, and what is under way in it.
 
     Attributes:
-        calls: of the member that is in it, in their order: what is awaited, and the phase it is.
+        calls: of the member that is in it, in their order: what is awaited; the phase it is, and the handle of the
+            state that it reads, whose memory must not be used again before.
         heard: when it last answered anything; None: its process has not begun.
         asked: when it was last pinged.
         started: when its member was told to start; until it is built.
@@ -80,7 +92,7 @@ class Slot:
     place: PlacementGroup | None = None
     actor: Any = None
     member: str | None = None
-    calls: dict[Any, str] = field(default_factory=dict)
+    calls: dict[Any, tuple[str, Handle]] = field(default_factory=dict)
     hello: Any = None
     process: tuple[str, int] | None = None
     heard: float | None = None
@@ -92,9 +104,15 @@ class Slot:
     dropped: deque[int] = field(default_factory=deque)
     kept: weakref.WeakSet[Kept] = field(default_factory=weakref.WeakSet)
 
-    def take_dropped(self) -> list[int]:
-        """The numbers that are to be passed on."""
-        return [self.dropped.popleft() for _ in range(len(self.dropped))]
+    @property
+    def node(self) -> str | None:
+        """Of its process, once that is known."""
+        return self.process[0] if self.process is not None else None
+
+    def pass_on_dropped(self) -> None:
+        """Tell its process which states nobody refers to any more."""
+        if self.dropped:
+            self.actor.drop.remote([self.dropped.popleft() for _ in range(len(self.dropped))])
 
 
 class RayHost:
@@ -107,7 +125,7 @@ class RayHost:
             in `directory.parent / "logs"`.
         slots: members at the same time, as many as are wanted; on a running cluster there are at most as many as fit.
         address: of a running Ray cluster; None: RAY_ADDRESS, the surrounding job's, else a private Ray.
-        injections: member -> failures to cause (`kill:rank=0,step=40`), when it is started for the first time.
+        injections: member -> failures to cause (`kill:rank=0,step=40`), until it is gone for the first time.
         start_weights: what `init` starts from.
 
     Raises:
@@ -163,22 +181,25 @@ class RayHost:
         self.gone.discard(member)
         slot.member, slot.calls, slot.step, slot.started = member, {}, None, time.monotonic()
         slot.phase = "start"
-        known = [state.reference()] if state is not None else []
-        job_json, injections = job.model_dump_json(by_alias=True), self.injections.pop(member, ())
-        slot.calls[slot.actor.start.remote(member, job_json, known, list(watch), injections)] = "start"
+        known = [state.way_from(slot.node)] if state is not None else []
+        job_json, injections = job.model_dump_json(by_alias=True), self.injections.get(member, ())
+        slot.calls[slot.actor.start.remote(member, job_json, known, list(watch), injections)] = "start", state
 
     def advance(self, member: str, until: int | None, keep: bool) -> None:
         """Train a member."""
         slot = self._slot_of(member)
         if slot is not None:
-            slot.calls[slot.actor.advance.remote(member, until, keep, slot.take_dropped())] = "train"
+            slot.pass_on_dropped()
+            slot.calls[slot.actor.advance.remote(member, until, keep)] = "train", None
 
     def copy(self, member: str, state: Handle, job: JobSpec, keep: bool = False) -> None:
         """Let a member take a state's shared half, then a job's values."""
         slot = self._slot_of(member)
         if slot is not None:
             job_json = job.model_dump_json(by_alias=True)
-            slot.calls[slot.actor.copy.remote(member, [state.reference()], job_json, keep)] = "copy"
+            slot.pass_on_dropped()
+            way = state.way_from(slot.node)
+            slot.calls[slot.actor.copy.remote(member, [way], job_json, keep)] = "copy", state
 
     def _slot_of(self, member: str) -> Slot | None:
         """Where a member is; None: it is gone, which is said or about to be."""
@@ -194,7 +215,8 @@ class RayHost:
             return
         for kept in list(slot.kept):
             kept.reference()
-        slot.actor.release.remote(slot.take_dropped())
+        slot.pass_on_dropped()
+        slot.actor.release.remote()
         slot.member, slot.calls, slot.started = None, {}, None
 
     def fetch(self, state: Handle) -> Cut:
@@ -207,7 +229,7 @@ class RayHost:
 
     def put(self, state: Cut) -> Handle:
         """Into the object store."""
-        return Kept(None, 0, ray.put(state), None)
+        return Kept(None, None, None, ray.put(state), None)
 
     # -------------------------------------------------------------------------------------------------------- waiting
     def wait(self, timeout_s: float) -> list[Answer]:
@@ -237,9 +259,9 @@ class RayHost:
 
     def _take(self, slot: Slot, call: Any) -> None:
         """The answer to one of a slot's calls, unless that went with its member."""
-        phase = slot.calls.get(call)
-        if phase is None:
+        if call not in slot.calls:
             return
+        phase = slot.calls[call][0]
         try:
             answer: Answer = ray.get(call)
         except ray.exceptions.RayTaskError as error:  # a defect: nothing that a member does raises
@@ -258,10 +280,11 @@ class RayHost:
         if isinstance(answer, Gone):
             self._empty(slot)
             self.gone.add(answer.member)
+            self.injections.pop(answer.member, None)
         if isinstance(answer, Advanced):
             slot.step = answer.step
         if isinstance(answer, (Advanced, Copied)) and answer.state is not None:
-            kept = Kept(slot.actor, answer.state, None, slot.dropped)
+            kept = Kept(slot.actor, answer.state, slot.node, None, slot.dropped)
             slot.kept.add(kept)
             return replace(answer, state=kept)
         return answer
@@ -348,6 +371,7 @@ class RayHost:
         self._empty(slot)
         if member is not None:
             self.gone.add(member)
+            self.injections.pop(member, None)
             self.answers.append(Gone(member, "died", cause, phase, step))
 
     def close(self) -> None:

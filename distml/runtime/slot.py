@@ -29,6 +29,7 @@ from distml.population.seat import Seat
 from distml.runtime.actors import open_log, patience_s, prepare_process
 from distml.runtime.cut import Cut
 from distml.runtime.group import WorkerGroup
+from distml.runtime.kept import Filling, Left, Memory, left, read
 from distml.runtime.ray import RayRuntime
 from distml.spec.schema import JobSpec
 from distml.tasks.sources import SourceTree
@@ -57,13 +58,14 @@ class SlotActor:
     ) -> None:  # fmt: skip
         open_log(os.path.dirname(directory), f"slot-{index}")
         self.base, self.directory, self.place = job_of(base_json), Path(directory), place
-        self.kept: dict[int, Cut] = {}
+        self.kept: dict[int, tuple[Cut, Filling]] = {}
+        self.memory = Memory()
         self.count = 0
         prepare_process(self.base)
         import distml.loop  # noqa: F401  (now, while the other slots do)
 
         self.sources = SourceTree(*code)
-        self.seat = Seat(self.sources, self.directory, start_weights, self._make_group)
+        self.seat = Seat(self.sources, self.directory, start_weights, self._make_group, self.memory.begin)
 
     def _make_group(self, name: str, injections: tuple[str, ...]) -> MakeGroup:
         def make(job: JobSpec) -> WorkerGroup:
@@ -83,27 +85,27 @@ class SlotActor:
             return self.seat.refuse(name, "start", error)
         return self.seat.start(name, job_of(job_json), cut, watch, injections)
 
-    def advance(self, name: str, until: int | None, keep: bool, dropped: Sequence[int]) -> Answer:
-        """Train it; `dropped` are states that nobody refers to any more."""
-        self.drop(dropped)
+    def advance(self, name: str, until: int | None, keep: bool) -> Answer:
+        """Train it."""
         return self._keeping(self.seat.advance(name, until, keep))
 
     def copy(self, name: str, state: list[Any], job_json: str, keep: bool) -> Answer:
         """Let it take the state behind a reference, then the values of a job."""
         return self._keeping(self.seat.copy(name, lambda: self._fetch(state[0]), job_of(job_json), keep))
 
-    def release(self, dropped: Sequence[int]) -> None:
+    def release(self) -> None:
         """End the member."""
-        self.drop(dropped)
         with contextlib.suppress(Exception):  # nobody asks for it any more
             self.seat.release()
 
     def _fetch(self, reference: Any) -> Cut:
-        """A state of any process.
+        """A state of any process: in shared memory, or by reference.
 
         Raises:
             LookupError: it is lost.
         """
+        if isinstance(reference, Left):
+            return read(reference)
         try:
             cut: Cut = ray.get(reference, timeout=patience_s(self.base))
         except ray.exceptions.RayError as error:
@@ -115,13 +117,8 @@ class SlotActor:
         if not isinstance(answer, (Advanced, Copied)) or answer.state is None:
             return answer
         self.count += 1
-        self.kept[self.count] = answer.state
-        return replace(answer, state=self.count)
-
-    def drop(self, tokens: Sequence[int]) -> None:
-        """Forget states."""
-        for token in tokens:
-            self.kept.pop(token, None)
+        self.kept[self.count] = answer.state, self.memory.filling
+        return replace(answer, state=left(self.count, answer.state, self.memory.filling))
 
     def num_kept(self) -> int:
         """States that are kept here."""
@@ -130,8 +127,14 @@ class SlotActor:
     # -------------------------------------------------------------------------------------------------- at any time
     @ray.method(concurrency_group="states")
     def give(self, token: int) -> Cut:
-        """A state, into the object store; it is no longer kept here."""
-        return self.kept.pop(token)
+        """A state, into the object store."""
+        return self.kept[token][0]
+
+    @ray.method(concurrency_group="states")
+    def drop(self, tokens: Sequence[int]) -> None:
+        """Nobody refers to these states any more: their memory is filled again. What was given before, is copied."""
+        for token in tokens:
+            self.memory.take_back(self.kept.pop(token)[1])
 
     @ray.method(concurrency_group="control")
     def hello(self) -> tuple[str, int, str]:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from distml.exchange.channel import Channel, Group
-from distml.exchange.flat import COUNT, FRAMES, ROWS, TAIL, VOTE, from_numpy, to_numpy
+from distml.exchange.flat import COUNT, FRAMES, ROWS, TAIL, VOTE, CopyVector, copy_vector, from_numpy, to_numpy
 from distml.exchange.segment import KeptStates, Regions, kept_regions
 from distml.exchange.shared_memory import CACHE_LINE, SharedMemoryGroup, host_regions, is_finite
 from distml.spec.schema import GroupSpec, JobSpec, LocalSGDSpec, NesterovSpec, SGDSpec
@@ -157,10 +157,10 @@ class LocalSGD(Single):
         message[-TAIL + VOTE], message[-TAIL + ROWS], message[-TAIL + FRAMES] = self.vote, self.rows, self.frames
 
     # ----------------------------------------------------------------------------------------------------------- state
-    def shared_state(self) -> dict[str, Any]:
-        shared = super().shared_state()
+    def shared_state(self, copy: CopyVector = copy_vector) -> dict[str, Any]:
+        shared = super().shared_state(copy)
         for vector in self.outer.moments.values():  # one, or none under averaging
-            shared["moments"][OUTER_MOMENTUM] = to_numpy(vector).copy()
+            shared["moments"][OUTER_MOMENTUM] = copy(vector)
         return shared
 
     def load_shared(self, shared: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distml.exchange.channel import Channel, Group
 from distml.exchange.compression.build import compression_of
-from distml.exchange.flat import COUNT, TAIL, borrowed, to_numpy
+from distml.exchange.flat import COUNT, TAIL, CopyVector, borrowed, copy_vector
 from distml.exchange.segment import Regions
 from distml.exchange.shared_memory import SharedMemoryGroup
 from distml.spec.schema import JobSpec, OptimizerSpec
@@ -119,10 +119,10 @@ class Single(Replica):
         if last:
             self.optimizer.step_done()
 
-    def shared_state(self) -> dict[str, Any]:
+    def shared_state(self, copy: CopyVector = copy_vector) -> dict[str, Any]:
         return {
-            "weights": to_numpy(self.flat.weights).copy(),
-            "moments": {name: to_numpy(vector).copy() for name, vector in self.optimizer.moments.items()},
+            "weights": copy(self.flat.weights),
+            "moments": {name: copy(vector) for name, vector in self.optimizer.moments.items()},
             "carried": self.carried.arrays(),
             "clock": {**self.clock_state(), "updates": self._updates},
         }
