@@ -22,6 +22,7 @@ from distml.errors import RunError
 
 OPTIONS = ("repeats", "contenders")
 MEMBERS, ITERATIONS, EVERY = 4, 20, 2
+LIMIT_S = 600.0  # of each run
 PEERS = Path(__file__).parent / "peers"
 LABELS = {"ours": "distml population", "reuse": "Tune PBT, reuse_actors", "plain": "Tune PBT"}
 SLOW = ("plain",)  # it takes minutes: once is enough
@@ -72,13 +73,13 @@ def once(name: str, address: str) -> dict[str, float]:
         if name == "ours":
             spec = Path(folder) / "spec.yaml"
             spec.write_text(SPEC.format(folder=folder, members=MEMBERS, iterations=ITERATIONS, every=EVERY))
-            spawn([str(PEERS / "our_over.py"), str(spec), address, folder], {})
+            spawn([str(PEERS / "our_over.py"), str(spec), address, folder], {}, LIMIT_S)
             rows = [json.loads(line) for line in (Path(folder) / "run" / "lineage.jsonl").read_text().splitlines()]
             exploits = sum(row["event"] == "copy" for row in rows)
         else:
             what = "pbt-reuse" if name == "reuse" else "pbt"
             numbers = map(str, (MEMBERS, ITERATIONS, EVERY))
-            spawn([str(PEERS / "tune_noop.py"), what, address, folder, *numbers], {})
+            spawn([str(PEERS / "tune_noop.py"), what, address, folder, *numbers], {}, LIMIT_S)
             exploits = json.loads((Path(folder) / "said.json").read_text())["exploits"]
         return {"seconds": seconds_of(Path(folder)), "exploits": float(exploits)}
 
@@ -112,7 +113,7 @@ def targets(seconds: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 def table(found: dict[str, Any]) -> Table:
     """Title, header, body and closing lines."""
     seconds, exploits = found["seconds"], found["exploits"]
-    ours = seconds.get("ours", {}).get("median")
+    ours = seconds.get("ours", {}, LIMIT_S).get("median")
     body = [
         [LABELS[name], *cells(values, 2), f"{values['median'] / ours:.1f}" if ours else "",
          "/".join(f"{count:.0f}" for count in exploits[name]["all"]), str(len(values["all"]))]

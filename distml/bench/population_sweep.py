@@ -14,7 +14,7 @@ from typing import Any
 
 from distml.bench.exchange import check, in_turn, tell
 from distml.bench.population import Table, target
-from distml.bench.population_speed import PEERS
+from distml.bench.population_speed import LIMIT_S, PEERS
 from distml.bench.start import local_ray, spawn
 from distml.bench.table import cells, summary
 
@@ -65,11 +65,11 @@ def once(name: str, address: str) -> float:
         if name == "ours":
             spec = Path(folder) / "spec.yaml"
             spec.write_text(SPEC.format(folder=folder, trials=TRIALS, at_once=AT_ONCE))
-            spawn([str(PEERS / "our_over.py"), str(spec), address, folder], {})
+            spawn([str(PEERS / "our_over.py"), str(spec), address, folder], {}, LIMIT_S)
         elif name == "tune":
-            spawn([str(PEERS / "tune_noop.py"), "sweep", address, folder, str(TRIALS), str(AT_ONCE), "0"], {})
+            spawn([str(PEERS / "tune_noop.py"), "sweep", address, folder, str(TRIALS), str(AT_ONCE), "0"], {}, LIMIT_S)
         else:
-            spawn([str(PEERS / "optuna_noop.py"), folder, str(TRIALS)], {})
+            spawn([str(PEERS / "optuna_noop.py"), folder, str(TRIALS)], {}, LIMIT_S)
         said = json.loads((Path(folder) / "said.json").read_text())
         return float(said.get("whole_s", said.get("fit_s")))
 

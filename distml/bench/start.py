@@ -120,18 +120,18 @@ def start_peer(address: str, folder: Path) -> dict[str, float]:
     return {"entered": entered - started, "returned": float((folder / "returned").read_text()) - started}
 
 
-def spawn(arguments: list[str], environment: dict[str, str]) -> float:
+def spawn(arguments: list[str], environment: dict[str, str], limit_s: float = LIMIT_S) -> float:
     """Run Python with these arguments to its end; when it was started, in seconds since the epoch.
 
     Raises:
-        RunError: it failed, or took longer than `LIMIT_S`.
+        RunError: it failed, or took longer than `limit_s`.
     """
     started = time.time()
     try:
-        process = subprocess.run([sys.executable, *arguments], env={**os.environ, **environment}, timeout=LIMIT_S,
+        process = subprocess.run([sys.executable, *arguments], env={**os.environ, **environment}, timeout=limit_s,
                                  capture_output=True, text=True, check=False)  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise RunError(f"{arguments[:3]} had not ended after {LIMIT_S:g} s", phase="bench") from error
+        raise RunError(f"{arguments[:3]} had not ended after {limit_s:g} s", phase="bench") from error
     if process.returncode:
         last = (process.stderr.strip() or process.stdout.strip() or "it said nothing").splitlines()[-1]
         raise RunError(f"{arguments[:3]} ended with {process.returncode}: {last}", phase="bench")
