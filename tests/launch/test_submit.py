@@ -112,14 +112,17 @@ def test_a_job_with_its_own_task_is_followed_to_its_end(work: Path, head: Head, 
     assert re.search(rf"small +{handle.submission_id} +SUCCEEDED", capsys.readouterr().out)
 
 
-def test_what_a_job_fails_with_is_the_commands_exit_code(work: Path, head: Head) -> None:
+def test_what_a_job_fails_with_is_the_commands_exit_code(work: Path, head: Head, capsys) -> None:
     missed = distml.submit(work / "small.yaml", {"stop": {"steps": 3, "goal": {"metric": "eval/loss", "at_most": -1}}},
                            address=head.url, out=work / "runs" / "missed")  # fmt: skip
     wrong = distml.submit(work / "small.yaml", {"resources.gpus_per_worker": 3}, address=head.url, out="runs/wrong")
     assert main(["logs", "-f", "runs/missed"]) == 4
     found = missed.result()
     assert (found.status, found.step, found.exit_code) == ("goal_missed", 3, 4)
+    capsys.readouterr()
     assert main(["logs", "-f", "runs/wrong"]) == 2
+    errors = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("20", "Running", "distml"))]
+    assert [line[:7] for line in errors] == ["error: "]  # one line, and nothing of Ray's
     with pytest.raises(UsageError, match=r"asks for 3 GPUs .* this cluster has 0"):
         wrong.result()
 
