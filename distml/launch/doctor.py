@@ -263,7 +263,7 @@ def listening() -> Iterator[Finding]:
             continue
         try:
             heard = [one.laddr for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
-            mode = process.environ().get("RAY_AUTH_MODE")
+            mode = token_mode(process)
         except (psutil.AccessDenied, psutil.NoSuchProcess):
             continue
         outside = [f"{one.ip}:{one.port}" for one in heard if not is_loopback(one.ip)]
@@ -278,6 +278,14 @@ def listening() -> Iterator[Finding]:
         yield Finding("listening", f"{guarded} of Ray's processes, all with a token")
     else:
         yield Finding("listening", "no Ray here can be reached from elsewhere")
+
+
+def token_mode(process: psutil.Process) -> str | None:
+    """A process's RAY_AUTH_MODE; Ray's agents write their titles over their environment, which is their raylet's."""
+    environment, parent = process.environ(), process.parent()
+    if "PATH" not in environment and parent is not None:
+        environment = parent.environ()
+    return environment.get("RAY_AUTH_MODE")
 
 
 def is_loopback(address: str) -> bool:

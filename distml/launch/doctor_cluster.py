@@ -211,7 +211,7 @@ def for_plan(measured: dict[str, Any], out: Path | None) -> Iterator[Finding]:
     lines = list(_lines(description))
     if out is not None:
         out.write_text(HEADER + "\n".join(lines) + "\n", encoding="utf-8")
-    flat = ", ".join(line.strip() for line in lines)
+    flat = ", ".join(lines)
     advice = f"write gpu: {{memory_gib: …, tflops: …}} for {unknown}, which is not known here" if unknown else ""
     yield Finding("for plan", f"written to {out}" if out is not None else f"{flat} (--out FILE writes it)", advice)
 
@@ -221,9 +221,8 @@ def _lines(description: dict[str, Any]) -> Iterator[str]:
         if key != "links":
             yield f"{key}: {value}"
             continue
-        yield "links:"
         numbers = ", ".join(f"{name}: {number}" for name, number in value["inter"].items())
-        yield f"  inter: {{{numbers}}}"
+        yield f"links: {{inter: {{{numbers}}}}}"
 
 
 def cluster_of(measured: dict[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -169,6 +169,13 @@ def test_a_ray_with_a_token_may_be_reached(raylet, monkeypatch):
     assert f":{raylet}" not in str(next(iter(doctor.listening())))
 
 
+def test_an_agents_environment_is_its_raylets():
+    environment = {"PATH": "/bin", "RAY_AUTH_MODE": "token"}
+    raylet = SimpleNamespace(environ=lambda: environment, parent=lambda: None)
+    assert doctor.token_mode(SimpleNamespace(environ=lambda: {}, parent=lambda: raylet)) == "token"
+    assert doctor.token_mode(SimpleNamespace(environ=lambda: {"PATH": "/bin"}, parent=lambda: raylet)) is None
+
+
 def test_a_probe_that_fails_is_a_finding(monkeypatch):
     def fails():
         raise ZeroDivisionError("x")
