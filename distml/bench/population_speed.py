@@ -113,7 +113,7 @@ def targets(seconds: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 def table(found: dict[str, Any]) -> Table:
     """Title, header, body and closing lines."""
     seconds, exploits = found["seconds"], found["exploits"]
-    ours = seconds.get("ours", {}, LIMIT_S).get("median")
+    ours = seconds.get("ours", {}).get("median")
     body = [
         [LABELS[name], *cells(values, 2), f"{values['median'] / ours:.1f}" if ours else "",
          "/".join(f"{count:.0f}" for count in exploits[name]["all"]), str(len(values["all"]))]

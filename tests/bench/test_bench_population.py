@@ -109,11 +109,11 @@ def test_the_controllers_run_with_their_defaults():
     assert population_nas.CONTROLLERS["reinforce"] == NasSpec.model_fields["controller"].default
 
 
-def test_a_pair_differs_in_exploit_and_name_only():
+def test_a_pair_differs_in_exploit_and_explore_only():
     one, other = (load_spec(population_pbt.spec_of(exploit, 3, 300)).job for exploit in ("truncation", "none"))
-    apart = {"name", "exploit"}
+    apart = {"name", "exploit", "explore"}
     assert one.model_dump(exclude=apart) == other.model_dump(exclude=apart)
-    assert (one.exploit.name, other.exploit.name) == ("truncation", "none")
+    assert (one.exploit.name, other.exploit.name, other.explore.name) == ("truncation", "none", "none")
 
 
 def test_a_small_pair_is_measured():
