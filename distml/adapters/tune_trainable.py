@@ -159,7 +159,9 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
             stand = member.advance(now - now % self.every)
         except (DistmlError, MemberError, AppliedDiffers) as error:
             self._end_member()
-            if self.home is None and getattr(error, "kind", "") != "not_finite":
+            if self.home is None and isinstance(error, MemberError) and error.kind != "not_finite":
+                raise RuntimeError(str(error)) from error  # Tune makes it anew, from its text alone
+            if self.home is None and not isinstance(error, MemberError):
                 raise
             return self._failed(error)
         self.progress = stand.step

@@ -9,21 +9,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distml.tasks.base import Loss, Mean, Task
+import distml
 
 
-class Tuned(Task):
-    """Loss (w - 1)²; evaluation reports it as `loss`, and `cost`, the argument.
+class Tuned(distml.Task):
+    """Loss (w - 1)² from w = 0; evaluation reports it as `loss`, and `cost`, the argument.
 
     Args:
-        cost: reported as it is.
-        broken: raises in the loss as often as there is no file of this many lines in `folder`.
-        dies: the process ends itself once.
+        mode: good; broken: its loss raises; broken-once, dies-once: in the first trial only, in this or its process's
+            way; nan.
         folder: where it is noted what has happened.
     """
 
-    def __init__(self, cost: float = 0.0, broken: int = 0, dies: bool = False, folder: str = "") -> None:
-        self.cost, self.broken, self.dies, self.folder = cost, broken, dies, folder
+    def __init__(self, cost: float = 0.0, mode: str = "good", folder: str = "") -> None:
+        self.cost, self.mode, self.folder = cost, mode, folder
 
     def build_model(self) -> nn.Module:
         model = nn.Linear(1, 1, bias=False)
@@ -33,22 +32,22 @@ class Tuned(Task):
     def data(self, split: str) -> tuple[torch.Tensor]:
         return (torch.ones(8, 1),)
 
-    def loss(self, model, batch, progress):
-        if self.dies and self._happened("died") < 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.broken and self._happened(f"failed-{self.cost}") < self.broken:
+    def loss(self, model: nn.Module, batch: tuple, progress: distml.Progress) -> distml.Loss:
+        if self.mode == "broken" or (self.mode == "broken-once" and self._is_first()):
             raise RuntimeError("broken by its argument")
-        error = model(batch[0]) - 1.0
-        return Loss(error.square().sum(), len(batch[0]))
+        if self.mode == "dies-once" and self._is_first():
+            os.kill(os.getpid(), signal.SIGKILL)
+        error = model(batch[0]) - (float("nan") if self.mode == "nan" else 1.0)
+        return distml.Loss(error.square().sum(), len(batch[0]))
 
-    def _happened(self, name: str) -> int:
-        """How often it has happened before; now it has once more."""
-        file = Path(self.folder) / name
-        before = len(file.read_text()) if file.exists() else 0
-        file.write_text("x" * (before + 1))
-        return before
+    def _is_first(self) -> bool:
+        file = Path(self.folder) / self.mode
+        first = not file.exists()
+        file.touch()
+        return first
 
-    def evaluate(self, model, part, progress):
-        rows = part.data()[0]
+    def evaluate(self, model: nn.Module, part: distml.Part, progress: distml.Progress) -> dict[str, distml.Mean]:
+        (rows,) = part.data()
         error = model(rows) - 1.0
-        return {"loss": Mean(float(error.square().sum()), len(rows)), "cost": Mean(self.cost * len(rows), len(rows))}
+        cost = distml.Mean(self.cost * len(rows), len(rows))
+        return {"loss": distml.Mean(float(error.square().sum()), len(rows)), "cost": cost}
