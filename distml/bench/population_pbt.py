@@ -1,9 +1,9 @@
 """Digits: a population against random search, in pairs that begin with the same values and see as many examples.
 
 Eight members draw their learning rate from 1e-5 to 1e1. The population's copy each other; random search is the same job
-with `exploit: none`. Both end when every member has taken its steps. Held against each other are the medians over
-members of the last validation loss: how good a member is that one did not choose, so that luck in the best one of eight
-does not decide.
+with `exploit: none` and `explore: none`. Both end when every member has taken its steps. Held against each other are
+the medians over members of the last validation loss: how good a member is that one did not choose, so that luck in the
+best one of eight does not decide.
 """
 
 from __future__ import annotations
