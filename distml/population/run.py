@@ -551,7 +551,7 @@ class PopulationRun:
     def _show(self) -> None:
         """Progress: on the terminal and in result.json."""
         now = time.monotonic()
-        if now - self.shown_at < SHOW_EVERY_S:
+        if self.began is None or now - self.shown_at < SHOW_EVERY_S:
             return
         self.shown_at = now
         scores = [score for score in self._scores().values() if score is not None]
