@@ -139,6 +139,7 @@ class TrialBook:
         loaded = with_values(self.base, trial.values)
         shutil.rmtree(self.folder(trial.index) / "checkpoints", ignore_errors=True)
         TrialFolder(self.directory.path, trial.name).begin(loaded, self.sources.files)
+        (self.folder(trial.index) / "metrics.jsonl").touch()
 
     def rows(self, trial: TrialRecord) -> list[dict[str, Any]]:
         """What it has reported."""

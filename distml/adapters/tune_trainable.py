@@ -160,7 +160,7 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
         except (DistmlError, MemberError, AppliedDiffers) as error:
             self._end_member()
             if self.home is None and isinstance(error, MemberError) and error.kind != "not_finite":
-                raise RuntimeError(str(error)) from error  # Tune makes it anew, from its text alone
+                raise RuntimeError(str(error)) from None  # Tune copies errors and their causes
             if self.home is None and not isinstance(error, MemberError):
                 raise
             return self._failed(error)
@@ -200,7 +200,8 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
         self.divergences += diverged
         copied = self.revives and diverged and self.divergences < DIVERGENCES
         defect = isinstance(error, AppliedDiffers)
-        detail = Detail(step, 0.0, none, [], self.values, fresh=False, error=str(error), defect=defect)
+        rows: list[Mapping[str, Any]] = [{"step": step, "wall_s": 0.0, **none}] if none else []
+        detail = Detail(step, 0.0, none, rows, self.values, fresh=False, error=str(error), defect=defect)
         return {STEP: step, DONE: not copied, FINISHED: "not_finite" if diverged else None, DETAIL: detail,
                 OBJECTIVE: ordered({}, self.goals[0])}  # fmt: skip
 
