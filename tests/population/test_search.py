@@ -201,6 +201,7 @@ def test_not_finite_is_the_worst_and_not_tried_again(tmp_path):
 
     _, result, _ = run_search(search(), tmp_path / "out", TriedHost(1, change))
     ends = {row["trial"]: row for row in journal(tmp_path / "out") if row["event"] in ("finished", "failed")}
+    assert not any(row["event"] == "retried" for row in journal(tmp_path / "out"))
     assert (ends["0001"]["event"], ends["0001"]["reward"]) == ("failed", 0.0)
     assert (ends["0003"]["event"], ends["0003"]["reward"]) == ("finished", 0.0)
     assert ends["0003"]["metrics"] == {"eval/accuracy": None}
