@@ -892,13 +892,14 @@ def check_resources(job: JobSpec, private: bool) -> None:
 
 
 class _ByThread:
-    """A text stream that sends what Ray's own threads print to a log, and everything else on."""
+    """A text stream that sends what Ray's own threads print, and ours for its start and end, to a log; all else on."""
 
     def __init__(self, stream: TextIO, log: TextIO) -> None:
         self._stream, self._log = stream, log
 
     def write(self, text: str) -> int:
-        target = self._log if threading.current_thread().name.startswith("ray_") else self._stream
+        name = threading.current_thread().name
+        target = self._log if name.startswith("ray_") or name == STUCK_THREAD else self._stream
         return target.write(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -914,10 +915,11 @@ def diverted_output(path: Path) -> Iterator[None]:
         sys.stdout, sys.stderr = cast(TextIO, _ByThread(before[0], log)), cast(TextIO, _ByThread(before[1], log))
         handler = logging.StreamHandler(log)
         logger = logging.getLogger("ray")
-        handlers, logger.handlers = logger.handlers, [handler]  # Ray's own one writes to the terminal
+        logger.addHandler(handler)
         propagated, logger.propagate = logger.propagate, False
         try:
             yield
         finally:
             sys.stdout, sys.stderr = before
-            logger.handlers, logger.propagate = handlers, propagated
+            logger.removeHandler(handler)
+            logger.propagate = propagated
