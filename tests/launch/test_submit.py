@@ -21,6 +21,7 @@ from distml.cli import main
 from distml.errors import RunError, UsageError
 from distml.launch.submit.handle import Handle
 from distml.runs.checkpoints import CheckpointStore
+from distml.spec.jobs import jobs_directory
 
 TOKEN = "a-token-of-these-tests"
 WAIT_S = 90.0
@@ -183,6 +184,7 @@ def test_the_distml_that_was_checked_is_the_one_that_runs_on_every_process(work:
     shutil.copytree(
         Path(distml.__file__).parent, work / "other" / "distml", ignore=shutil.ignore_patterns("__pycache__")
     )
+    shutil.copytree(jobs_directory(), work / "other" / "distml" / "shipped_jobs")
     package = work / "other" / "distml" / "__init__.py"
     package.write_text(package.read_text().replace(f'"{distml.__version__}"', '"77.1"'))
     task = work / "small_task.py"

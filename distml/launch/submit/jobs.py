@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CALL_S = 30.0
 UPLOAD_S, UPLOAD_BYTES_PER_S = 60.0, 2**18  # the least that a link must carry
+CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # tell of uploads and connections
 STATUS_CODE = re.compile(r"status code (\d+): ?(.*)", re.DOTALL)
 
 
@@ -141,7 +142,8 @@ def connected(there: Contact) -> JobSubmissionClient:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # it would tell of each upload and connection
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     with without_variables(ADDRESS_VARIABLES):
         return JobSubmissionClient(there.url, headers=there.headers)
 
