@@ -433,8 +433,9 @@ class Strategy(ABC):
 
     def pause_at(self, version: int | None) -> None:
         """End for now at this version (None: only at the run's end), and go on if that is what it had ended for."""
-        self.agenda.until = self.agenda_arguments["until"] = version
-        self.load_clock(self.clock_state())
+        if version != self.agenda.until:
+            self.agenda.until = self.agenda_arguments["until"] = version
+            self.load_clock(self.clock_state())
 
     def retune(self, job: JobSpec) -> None:
         """Go on with another optimiser's block: moments that both rules have stay, others begin at zero."""
