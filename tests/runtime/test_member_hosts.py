@@ -287,12 +287,12 @@ def test_members_with_workers_of_their_own(shared_ray, tmp_path, changes):
         assert same_tree(found[2].shared["weights"], found[0].shared["weights"])
         assert found[2].shared["clock"]["version"] == 10
         assert (end("a").step, end("b").step) == (20, 20)
-        for pid in pids_of("ray::WorkerActor")[:1]:
-            os.kill(pid, signal.SIGKILL)
+        os.kill(pids_of("ray::WorkerActor")[0], signal.SIGKILL)
         for name in "ab":
             one.advance(name, 30, True)
-        gone = [answer for answer in answers(one, 2).values() if isinstance(answer, Gone)]
-        assert [answer.kind for answer in gone] == ["died"]
+        found = answers(one, 2)
+        gone = [answer for answer in found.values() if isinstance(answer, Gone)]
+        assert [answer.kind for answer in gone] == ["died"], found
         assert gone[0].cause.startswith("rank ")
     finally:
         one.close()
