@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from own.members import changed, same_state, same_tree, small_job
 from own.oracle import OWN
@@ -281,25 +280,18 @@ def test_a_donor_that_is_lost_in_the_midst_of_a_copy_hangs_nobody(host, tmp_path
 def test_members_with_workers_of_their_own(shared_ray, tmp_path, changes):
     job = job_of(workers=2, **changes)
     (tmp_path / "logs").mkdir()
-    one = RayHost(job, SourceTree.collect(job.task, OWN), tmp_path / "members", 2)
+    kill = {"b": ("kill:rank=1,step=22",)}
+    one = RayHost(job, SourceTree.collect(job.task, OWN), tmp_path / "members", 2, injections=kill)
     try:
         found, end = exploited(one, job)
         assert same_tree(found[2].shared["weights"], found[0].shared["weights"])
         assert found[2].shared["clock"]["version"] == 10
         assert (end("a").step, end("b").step) == (20, 20)
-        os.kill(pids_of("ray::WorkerActor")[0], signal.SIGKILL)
         for name in "ab":
-            one.advance(name, 30, True)
-        found = answers(one, 2)
-        gone = [answer for answer in found.values() if isinstance(answer, Gone)]
-        assert [answer.kind for answer in gone] == ["died"], found
-        assert gone[0].cause.startswith("rank ")
+            one.advance(name, 40, True)
+        last = answers(one, 2)
+        assert isinstance(last["a"], Advanced)
+        assert (last["b"].kind, last["b"].step) == ("died", 20)
+        assert last["b"].cause.startswith("rank 1: the process was killed by a signal")
     finally:
         one.close()
-
-
-def pids_of(title: str) -> list[int]:
-    """Processes below this one's Ray that have a title."""
-    return [
-        process.pid for process in psutil.process_iter(["cmdline"]) if title in " ".join(process.info["cmdline"] or [])
-    ]
