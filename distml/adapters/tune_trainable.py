@@ -172,7 +172,12 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
         if self.member is not None:
             return False, self.member
         job = with_values(self.local, self.values).job
-        member = self.member = Member(job, self.sources, Path(self.logdir))
+        from distml.launch.run import start_weights
+
+        first = start_weights(job)
+        if self.start is not None and first is not None:  # what is frozen comes with the state
+            first = self.start.model()
+        member = self.member = Member(job, self.sources, Path(self.logdir), start_weights=first)
         built = member.build()
         self.layout, self.frozen = built.layout, built.frozen
         if self.start is not None:

@@ -7,6 +7,7 @@ import math
 import pytest
 from own.sweeps import BASE, OWN
 
+import distml
 import distml.adapters.tune_trainable as module
 from distml.errors import UsageError
 from distml.spec.loader import load_spec
@@ -113,3 +114,11 @@ def test_it_is_at_distml_tune():
     import distml.tune
 
     assert distml.tune.trainable is module.trainable
+
+
+def test_a_trial_begins_with_the_weights_that_init_names(make, tmp_path):
+    first = distml.run(SPEC, out=tmp_path / "first")
+    trial = make(init={"from": str(tmp_path / "first")})({"optimizer.lr": 0.05})
+    went = 1.0 - math.sqrt(first.metrics["eval/loss"])
+    assert trial.train()["eval/loss"] == pytest.approx(loss_after(3, 0.05, start=went), rel=1e-4)
+    trial.stop()
