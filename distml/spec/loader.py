@@ -166,6 +166,7 @@ def _load_base(path: Path) -> LoadedSpec[JobSpec]:
 
 def _checked_over(job: OverJobs, document: Document, path: Path | None, directory: Path) -> LoadedSpec[Any]:
     """A job over jobs whose base and space are checked; `directory` is the base's."""
+    job = job.with_limits()
     base = LoadedSpec(_checked_train(job.base, directory, document.below("base")), path, directory)
     job = job.model_copy(update={"base": base.job})
     problems = check_search(job, lambda values: with_values(base, values))

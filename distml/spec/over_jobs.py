@@ -21,5 +21,13 @@ class OverJobs(Block):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     base: JobSpec = Field(description="a training job: a block, a file or a shipped job's name")
     max_concurrent: Count | None = Field(None, description="how many run at the same time; null: as many as fit")
-    limits: LimitsSpec = LimitsSpec()
+    limits: LimitsSpec = Field(
+        LimitsSpec(), description="of all processes; a key that has its default here is taken from base.limits"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    def with_limits(self) -> OverJobs:
+        """The same with one set of limits, here and in the base: those written here, then those of the base."""
+        own, usual = self.limits.model_dump(), LimitsSpec().model_dump()
+        limits = self.base.limits.model_copy(update={key: one for key, one in own.items() if one != usual[key]})
+        return self.model_copy(update={"limits": limits, "base": self.base.model_copy(update={"limits": limits})})

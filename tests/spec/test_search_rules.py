@@ -178,8 +178,9 @@ def test_decisions_fall_on_the_rounds_of_local_sgd(fails):
     load_spec("job.yaml")
     sweep = changed(SWEEP, ("base: digits-single", "base: base.yaml"))
     Path("job.yaml").write_text(f"{sweep}every: 50\n")
-    load_spec("job.yaml")  # nobody decides about it before its end
-    assert "every is 50, no multiple of 8" in fails(f"{sweep}every: 50\nscheduler: asha\n")
+    one = ["base.resources.workers=1"]
+    load_spec("job.yaml", one)  # nobody decides about it before its end
+    assert "every is 50, no multiple of 8" in fails(f"{sweep}every: 50\nscheduler: asha\n", one)
 
 
 # ----------------------------------------------------------------------------------------------------------------- base
@@ -279,6 +280,18 @@ def test_a_bad_override_is_located_at_itself(fails):
     assert fails(POPULATION, ["space={optimizer.lr: {uniform: [3, 1]}}"]).startswith(
         "--set space={optimizer.lr: {uniform: [3, 1]}}: space.optimizer.lr: uniform: the lower end 3"
     )
+
+
+@pytest.mark.parametrize("text", [POPULATION, SWEEP, NAS], ids=["population", "sweep", "nas"])
+def test_limits_are_the_same_above_and_in_the_base(tmp_path, text):
+    """What is written above goes before what the base has, and that before the defaults."""
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    job = load_spec(path, ["limits.start_s=600", "base.limits={start_s: 60, lost_after_s: 7}"]).job
+    assert (job.limits.start_s, job.limits.lost_after_s, job.limits.heartbeat_s) == (600, 7, 2)
+    assert job.base.limits == job.limits
+    path.write_text(load_spec(path, ["limits.start_s=600"]).dump())
+    assert load_spec(path).job.base.limits.start_s == 600
 
 
 @pytest.mark.parametrize("text", [POPULATION, SWEEP, NAS], ids=["population", "sweep", "nas"])
