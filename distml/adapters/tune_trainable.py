@@ -23,6 +23,7 @@ from ray.tune import PlacementGroupFactory, Trainable
 from ray.tune.result import DONE
 
 from distml.errors import DistmlError, UsageError
+from distml.population.applied import asked, equal
 from distml.population.member import Member, MemberError, Stand
 from distml.runs.checkpoints import Checkpoint, CheckpointStore
 from distml.runtime.cut import from_checkpoint, to_checkpoint
@@ -183,7 +184,7 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
         if self.start is not None:
             member.load(from_checkpoint(self.start, built.layout))
             self.progress = self.start.step
-        check_applied(self.values, member.live(list(self.values)))
+        check_applied(job, list(self.values), member.live(list(self.values)))
         return self.start is None, member
 
     def _result(self, stand: Stand, fresh: bool) -> dict[str, Any]:
@@ -252,17 +253,13 @@ def ordered(metrics: Mapping[str, float], goal: BestSpec) -> float:
     return worst if math.isnan(value) else min(max(value, -WORST), WORST)
 
 
-def check_applied(asked: Mapping[str, Any], live: Mapping[str, Any]) -> None:
-    """Whether what computes has the values that were asked for.
+def check_applied(job: JobSpec, paths: Sequence[str], live: Mapping[str, Any]) -> None:
+    """Whether what computes has the values of the resolved job.
 
     Raises:
         AppliedDiffers: it has not.
     """
-    for path, value in asked.items():
-        found = live[path]
-        if isinstance(value, float) or isinstance(found, float):
-            same = math.isclose(float(value), float(found), rel_tol=1e-12)
-        else:
-            same = value == found
-        if not same:
+    for path, value in asked(job, paths).items():
+        found = live.get(path)
+        if path not in live or not equal(value, found):
             raise AppliedDiffers(f"{path}: {value!r} was asked for, {found!r} is in use")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from distml.population.individual import Individual
@@ -14,8 +14,12 @@ MAX_ROWS = 20  # of the closing table; a larger population shows its best and it
 
 
 def best_text(spec: LoadedSpec[JobSpec], name: str) -> str:
-    """best.yaml: the best member's job under the population's name; trains from the start with its last values."""
-    return LoadedSpec(spec.job.model_copy(update={"name": name}), None, spec.directory).dump()
+    """best.yaml: the best member's job as NAME-best; trains from the start with its last values.
+
+    The name is not the run's own: a run without --out goes into a folder of its job's name.
+    """
+    job = spec.job.model_copy(update={"name": f"{name[:95]}-best"})
+    return LoadedSpec(job, None, spec.directory).dump()
 
 
 def test_scores(member: Path) -> dict[str, float]:
@@ -58,16 +62,3 @@ def _shown(value: object) -> str:
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-
-
-def same(requested: Mapping[str, object], applied: Mapping[str, object], tolerance: float) -> bool:
-    """Whether all values that were asked for are the ones read back."""
-    return all(path in applied and _equal(value, applied[path], tolerance) for path, value in requested.items())
-
-
-def _equal(one: object, other: object, tolerance: float) -> bool:
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(_equal(a, b, tolerance) for a, b in zip(one, other, strict=True))
-    if isinstance(one, bool) or isinstance(other, bool) or not isinstance(one, (int, float)):
-        return one == other
-    return isinstance(other, (int, float)) and abs(one - other) <= tolerance * abs(one)

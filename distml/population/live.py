@@ -13,16 +13,13 @@ from typing import Any
 from torch import nn
 
 from distml.loop import Trainer
+from distml.population.applied import Missing, at, plain
 from distml.spec.base import Block
 from distml.spec.schema import JobSpec
 from distml.tasks.base import Task
 from distml.tasks.data import DatasetStream
 
 PLAIN = (bool, int, float, str, type(None))
-
-
-class Missing(LookupError):
-    """There is no such value."""
 
 
 def live_values(trainer: Trainer, paths: Sequence[str]) -> dict[str, Any]:
@@ -63,33 +60,3 @@ def _of_task(task: Task, model: nn.Module, job: JobSpec, rest: list[str], writte
             if type(found) is type(written):
                 return found
     return written
-
-
-def at(tree: Any, keys: Sequence[str]) -> Any:
-    """What lies below these keys of blocks, mappings and lists.
-
-    Raises:
-        Missing: nothing does.
-    """
-    for key in keys:
-        if isinstance(tree, Block):
-            fields = {field.alias or name: name for name, field in type(tree).model_fields.items()}
-            if key not in fields:
-                raise Missing(key)
-            tree = tree.__dict__[fields[key]]
-        elif isinstance(tree, Mapping) and key in tree:
-            tree = tree[key]
-        elif isinstance(tree, (list, tuple)) and key.isdigit() and int(key) < len(tree):
-            tree = tree[int(key)]
-        else:
-            raise Missing(key)
-    return tree
-
-
-def plain(value: Any) -> Any:
-    """As it stands in a spec: blocks become mappings, tuples lists."""
-    if isinstance(value, Block):
-        return value.model_dump(mode="python", by_alias=True)
-    if isinstance(value, Mapping):
-        return {key: plain(one) for key, one in value.items()}
-    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value

@@ -55,6 +55,10 @@ class MemberError(Exception):
         self.kind, self.cause, self.phase, self.step, self.traceback = kind, cause, phase, step, traceback
         super().__init__(f"{phase}: {cause}" if step is None else f"{phase}, step {step}: {cause}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew from its own arguments, which are not those of `Exception`."""
+        return MemberError, (self.kind, self.cause, self.phase, self.step, self.traceback)
+
 
 @dataclass(frozen=True)
 class Built:

@@ -30,7 +30,8 @@ from typing import Any
 
 from distml.errors import DistmlError, RunError, UsageError
 from distml.inject import of_member
-from distml.population.closing import best_text, closing_table, same, test_scores
+from distml.population.applied import asked, same
+from distml.population.closing import best_text, closing_table, test_scores
 from distml.population.context import OverContext
 from distml.population.exploit import exploit, goodness, ranked, successor
 from distml.population.explore import explore, sample
@@ -50,7 +51,6 @@ from distml.strategies.agenda import Agenda
 
 WAIT_S = 0.25  # so long a signal may wait for its answer
 SHOW_EVERY_S = 1.0
-TOLERANCE = 1e-12  # relative, between a value that was asked for and the same one read back
 
 
 class PopulationRun:
@@ -360,7 +360,8 @@ class PopulationRun:
         order = one.order
         assert order is not None
         more: dict[str, Any] = {"before": one.own.values, "requested": order.requested, "applied": dict(applied),
-                                "equal": same(order.requested, applied, TOLERANCE), "seconds": seconds}  # fmt: skip
+                                "equal": self._is_applied(one, order.requested, applied),
+                                "seconds": seconds}  # fmt: skip
         if order.event != "decide":
             donor, step, score = order.source or (None, None, None)
             more |= {"from": donor, "from_step": step, "from_score": score}
@@ -377,8 +378,11 @@ class PopulationRun:
         else:
             self._settle(one, held)
 
+    def _is_applied(self, one: Individual, requested: Values, applied: Mapping[str, Any]) -> bool:
+        return same(asked(self.folders[one.name].spec(requested).job, requested), applied)
+
     def _check(self, one: Individual, requested: Values, applied: Mapping[str, Any]) -> None:
-        if not same(requested, applied, TOLERANCE):
+        if not self._is_applied(one, requested, applied):
             found = {path: applied.get(path) for path in requested}
             raise RuntimeError(f"member {one.name} at step {one.own.step} computes with {found}, not with "
                                f"{dict(requested)}, which it was given")  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distml.errors import UsageError
-from distml.population.live import Missing, at, plain
+from distml.population.applied import Missing, at, plain
 from distml.runtime.cut import Cut, without_carried
 from distml.spec.schema import JobSpec
 from distml.spec.search_rules import paths_of

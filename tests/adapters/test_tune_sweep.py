@@ -40,7 +40,9 @@ def modes(folder: Path, *names: str) -> dict[str, Any]:
             "trials": None}  # fmt: skip
 
 
-def test_every_trial_leaves_its_folder_failures_are_retried_and_listed_and_the_rest_is_run_again(sweep, tmp_path):
+def test_every_trial_leaves_its_folder_failures_are_retried_and_listed_and_the_rest_is_run_again(
+    sweep, tmp_path, monkeypatch
+):
     notes, spec = Notes(), modes(tmp_path, "good", "broken", "broken-once", "nan")
     result = sweep(notes, **spec)
     out = tmp_path / "run"
@@ -56,7 +58,9 @@ def test_every_trial_leaves_its_folder_failures_are_retried_and_listed_and_the_r
     assert {name: value for name, value in result.metrics.items() if name.startswith("test/")} == test
     assert load_spec(out / "trials" / "0000" / "spec.yaml").job.task.args["mode"] == "good"
     assert not (out / "tune").exists()
-    alone = distml.run(out / "best.yaml", out=tmp_path / "alone")
+    monkeypatch.chdir(tmp_path)
+    alone = distml.run(out / "best.yaml")  # into a folder of its own name, which is not the sweep's
+    assert alone.directory.resolve() == (tmp_path / "runs" / "small-best").resolve()
     assert alone.metrics["eval/loss"] == result.best["value"]
 
     # As if the driver had been killed before the second and the last trial ended.

@@ -10,6 +10,7 @@ from own.sweeps import BASE, OWN
 import distml
 import distml.adapters.tune_trainable as module
 from distml.errors import UsageError
+from distml.population.member import Member
 from distml.spec.loader import load_spec
 from distml.spec.schema import BestSpec
 
@@ -84,10 +85,18 @@ def test_a_pause_changes_nothing(make, tmp_path):
 def test_values_that_are_not_in_use_are_a_defect(make, monkeypatch):
     base = load_spec(SPEC, directory=OWN)
     trial = make()({"optimizer.lr": 0.05})
-    monkeypatch.setattr(module, "with_values", lambda local, values: base)  # forgets the values
+    monkeypatch.setattr(module, "Member", lambda job, *more, **known: Member(base.job, *more, **known))  # forgets them
     with pytest.raises(module.AppliedDiffers, match=r"0\.05 was asked for, 0\.1 is in use"):
         trial.train()
     trial.stop()
+
+
+def test_a_choice_in_short_form_is_trained_as_what_it_resolves_to(make):
+    trial = make()({"optimizer.schedule": "linear", "optimizer.lr": 0.05})
+    constant = make()({"optimizer.lr": 0.05})
+    assert trial.train()["eval/loss"] > constant.train()["eval/loss"]
+    for one in (trial, constant):
+        one.stop()
 
 
 def test_nan_ends_a_trial_and_is_the_worst_there_is(make):

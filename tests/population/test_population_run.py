@@ -357,7 +357,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert best["member"] == max(scores, key=lambda name: scores[name])
     assert (out / result.checkpoint / "model.safetensors").is_file()
     job = load_spec(out / "best.yaml").job
-    assert (job.kind, job.name) == ("train", "toy")
+    assert (job.kind, job.name) == ("train", "toy-best")
     events = per_member(lineage(out))
     assert job.task.args == {"h0": events[best["member"]][-1]["values"]["task.args.h0"],
                              "h1": events[best["member"]][-1]["values"]["task.args.h1"]}  # fmt: skip
