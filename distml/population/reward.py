@@ -34,18 +34,3 @@ def reward_of(spec: RewardSpec, metric: float, cost: float | None) -> float:
 def worst(rewards: Sequence[float]) -> float:
     """What an architecture gets that failed or came to NaN: 0, or the least of all so far where that is lower."""
     return min([0.0, *rewards])
-
-
-def pareto_front(metrics: Sequence[float], costs: Sequence[float]) -> list[int]:
-    """Indices of those that no other one beats in one of both and equals in the other, by rising cost.
-
-    Args:
-        metrics: the more the better; those that are NaN are on no front.
-        costs: the less the better. Of equals in both the first stays.
-    """
-    front: list[int] = []
-    known = [index for index, metric in enumerate(metrics) if not math.isnan(metric)]
-    for index in sorted(known, key=lambda index: (costs[index], -metrics[index], index)):
-        if not front or metrics[index] > metrics[front[-1]]:
-            front.append(index)
-    return front

@@ -27,10 +27,11 @@ from distml.population.closing import test_scores
 from distml.population.context import OverContext
 from distml.population.controller import Controller, make_controller
 from distml.population.host import Advanced, Answer, Gone, Host, Ready
-from distml.population.reward import pareto_front, reward_of, worst
+from distml.population.reward import reward_of, worst
 from distml.population.trials import FOLDER, Journal, Trial, TrialFolder, trials_of
 from distml.runs.checkpoints import Checkpoint, CheckpointDamaged, CheckpointStore
 from distml.runs.files import write_atomically
+from distml.runs.pareto import pareto_front
 from distml.runs.units import number
 from distml.runtime.authentication import cluster_address
 from distml.runtime.endings import StopSignals, close_all
@@ -315,8 +316,8 @@ class SearchRun:
         done = [trial for trial in self._over() if trial.status == "finished"]
         if self.job.reward.cost is None:
             return [] if self.best is None else [self.best]
-        metrics = [trial.metric(self.job.reward.metric) for trial in done]
-        return [done[index] for index in pareto_front(metrics, [trial.cost or 0.0 for trial in done])]
+        rows = [(trial.cost, trial.metric(self.job.reward.metric)) for trial in done]
+        return [done[index] for index in pareto_front(rows, ("min", "max"))]
 
     def _report(self, trial: Trial) -> None:
         """A row of the search's own metrics.jsonl, the result so far, and a line on the display."""

@@ -14,6 +14,7 @@ from typing import Any
 from distml.errors import UsageError
 from distml.runs.directory import MetricsFile, RunDirectory
 from distml.runs.history import History
+from distml.runs.pareto import pareto_front
 
 KINDS = ("population", "sweep", "nas")
 LINEAGE, TRIALS = "lineage.jsonl", "trials.jsonl"
@@ -264,25 +265,16 @@ def _trial(name: str, row: Mapping[str, Any], earlier: Trial | None) -> Trial:
     )  # fmt: skip
 
 
-def front(trials: Sequence[Trial], first: tuple[Objective, str | None], second: Objective) -> list[Trial]:
-    """Those that no other one beats in one of two things without being worse in the other, ordered by the first.
+def front(trials: Sequence[Trial], objectives: Sequence[Objective], has_cost: bool = False) -> list[Trial]:
+    """The Pareto front of trials that ran to their end, the best in the first thing first.
 
     Args:
-        first: an objective; with "cost" the trials' cost, less being better, stands for it.
+        has_cost: the trials' cost, less being better, goes before the objectives.
     """
-
-    def place(trial: Trial) -> tuple[float, float]:
-        one = trial.cost if first[1] == "cost" else trial.value(first[0].metric)
-        worth = (-math.inf if one is None else -one) if first[1] == "cost" else first[0].worth(one)
-        return worth, second.worth(trial.value(second.metric))
-
-    known = [(place(trial), trial) for trial in trials]
-    known = sorted(((at, trial) for at, trial in known if -math.inf not in at), key=lambda one: one[0], reverse=True)
-    kept: list[tuple[tuple[float, float], Trial]] = []
-    for at, trial in known:
-        if not kept or at[1] > kept[-1][0][1]:
-            kept.append((at, trial))
-    return [trial for _, trial in kept]
+    ended = [trial for trial in trials if trial.event == "finished"]
+    rows = [[*([trial.cost] if has_cost else []), *(trial.value(one.metric) for one in objectives)] for trial in ended]
+    modes = [*(["min"] if has_cost else []), *(one.mode for one in objectives)]
+    return [ended[index] for index in pareto_front(rows, modes)]
 
 
 # ------------------------------------------------------------------------------------------------------------- the best

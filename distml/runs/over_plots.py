@@ -289,6 +289,8 @@ def draw_parallel(trials: Sequence[Trial], axes_: Sequence[Axis], objectives: Se
             "color": BEST if is_best else colormaps[colours](norm(score)), "linewidth": 2.6 if is_best else 1.1,
             "linestyle": "-" if trial.event == "finished" else (0, (4, 2))}  # fmt: skip
         axes.plot(*zip(*known, strict=True), alpha=1.0 if is_best else _faint(len(ended)), **style)
+        if score is None:
+            axes.plot(*known[-1], "x", color=LOST, markersize=5, zorder=6)
     for place, scale in enumerate(scales):
         scale.draw(axes, place)
     _finish_parallel(figure, axes, scales, ended, best)
@@ -306,7 +308,7 @@ def _finish_parallel(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     counts = {event: sum(trial.event == event for trial in ended) for event in ("finished", "stopped", "failed")}
-    words = {"finished": "finished", "stopped": "ended early (dashed)", "failed": "failed (dotted)"}
+    words = {"finished": "finished", "stopped": "ended early (dashed)", "failed": "failed (red cross)"}
     said = ", ".join(f"{count} {words[event]}" for event, count in counts.items() if count)
     axes.set_title(f"{len(ended)} trials: {said}; orange: the best, {best}", fontsize=11)
 
@@ -373,7 +375,7 @@ def draw_best_so_far(trials: Sequence[Trial], objectives: Sequence[Objective], r
         if reward and any(trial.baseline is not None for trial in ended):
             lines = [(i + 1, trial.baseline) for i, trial in enumerate(ended) if trial.baseline is not None]
             axes.plot(*zip(*lines, strict=True), color=COLOURS[0], linewidth=1.4, label="moving baseline")
-        axes.legend(fontsize=8, frameon=False, ncols=2)
+        _legend(axes)
     return _png(figure)
 
 
@@ -395,7 +397,8 @@ def _best_panel(
             best.append((at, value))
     if best:
         best.append((len(ended), best[-1][1]))
-        axes.step(*zip(*best, strict=True), where="post", color=BEST, linewidth=2.0, label="best so far")
+        axes.step(*zip(*best, strict=True), where="post", color=BEST, linewidth=2.0, label="best so far",
+                  marker="o", markersize=5, markevery=range(len(best) - 1))  # fmt: skip
     if _is_wide([value for _, value, _ in known]):
         _log_axis(axes, "y")
     failed = [i + 1 for i, trial in enumerate(ended) if trial.event == "failed"]
@@ -407,53 +410,89 @@ def _best_panel(
     axes.set_xlabel("trials that have ended")
     axes.set_ylabel(objective.metric)
     axes.set_title(f"Best so far: {objective.metric}", fontsize=11)
-    _plain(axes)
 
 
-def draw_front(
-    trials: Sequence[Trial], first: Objective | str, second: Objective, best: str, target: float | None = None,
-    worth: float | None = None,
+Place = tuple[float, float]
+
+
+def draw_front(trials: Sequence[Trial], objectives: Sequence[Objective], best: str) -> bytes:
+    """Trials by several objectives: the first against each other one, with the front of all of them together."""
+    first, *others = objectives
+    edge = front(trials, objectives)
+    figure = _figure(6.4 * len(others) + 0.8, 4.6)
+    for axes, second in zip(figure.subplots(1, len(others), squeeze=False)[0], others, strict=True):
+        places = {trial.name: at for trial in trials if trial.event == "finished" and
+                  (at := _both(trial.value(first.metric), trial.value(second.metric))) is not None}  # fmt: skip
+        on_front = [places[trial.name] for trial in edge]
+        _draw_places(axes, places, on_front, best, {"linestyle": "-" if len(objectives) == 2 else ""})
+        for which, index in (("x", 0), ("y", 1)):
+            if _is_wide([at[index] for at in places.values()]):
+                _log_axis(axes, which)
+        axes.set_xlabel(f"{first.metric} ({first.mode})")
+        axes.set_ylabel(f"{second.metric} ({second.mode})")
+        _legend(axes)
+    figure.suptitle(_with_left_out(f"{len(objectives)} objectives", trials, objectives), fontsize=11)
+    return _png(figure)
+
+
+def draw_gain(
+    trials: Sequence[Trial], cost: str, objective: Objective, best: str, target: float | None, worth: float
 ) -> bytes:  # fmt: skip
-    """Trials by two things, those that no other one beats joined by a line.
+    """Trials by their cost and what they gain, those that no other one beats joined by a line.
 
     Args:
-        first: an objective, or a cost's name (`flops`): it is drawn to the right.
+        cost: its name, for example flops.
         target: of the cost.
         worth: w of the reward metric · (cost / target)^w: the line of all that are worth what the best one is.
     """
-    is_cost = isinstance(first, str)
-    pair = (second, "cost") if isinstance(first, str) else (first, None)
-    ended = [trial for trial in trials if trial.event == "finished"]
-
-    def place(trial: Trial) -> tuple[float, float] | None:
-        x = trial.cost if isinstance(first, str) else trial.value(first.metric)
-        y = trial.value(second.metric)
-        return None if x is None or y is None else (x, y)
-
     figure = _figure(7.2, 4.6)
     axes = figure.subplots()
-    places = [at for trial in ended if (at := place(trial)) is not None]
-    if places:
-        axes.plot(*zip(*places, strict=True), "o", markersize=4 if len(places) > 60 else 5, color=OTHERS, alpha=0.7,
-                  label=f"{len(places)} trials")  # fmt: skip
-        edge = [at for trial in front(ended, pair, second) if (at := place(trial)) is not None]
-        axes.plot(*zip(*edge, strict=True), color=COLOURS[0], marker="o", markersize=5, linewidth=1.6,
-                  drawstyle="steps-post" if is_cost else "default", label=f"Pareto front ({len(edge)})")  # fmt: skip
-        if is_cost and (_is_wide([x for x, _ in places]) or max(x for x, _ in places) > 1e4):
-            _log_axis(axes, "x", prefixes=True)
-    chosen = next((at for trial in ended if trial.name == best and (at := place(trial)) is not None), None)
-    if chosen is not None:
-        axes.plot(*chosen, "*", markersize=14, color=BEST, zorder=5, label=f"the best, {best}")
-        if worth is not None:
-            _draw_equal_worth(axes, chosen, worth)
+    places = {trial.name: at for trial in trials if trial.event == "finished" and
+              (at := _both(trial.cost, trial.value(objective.metric))) is not None}  # fmt: skip
+    on_front = [places[trial.name] for trial in front(trials, [objective], has_cost=True)]
+    _draw_places(axes, places, on_front, best, {"drawstyle": "steps-post"})
+    costs = [x for x, _ in places.values()]
+    if costs and (_is_wide(costs) or max(costs) > 1e4):
+        _log_axis(axes, "x", prefixes=True)
+    if best in places:
+        _draw_equal_worth(axes, places[best], worth)
     if target is not None:
         axes.axvline(target, color="#777777", linestyle=":", linewidth=1.2, label="target")
-    axes.set_xlabel(f"{first} (less is better)" if isinstance(first, str) else first.metric)
-    axes.set_ylabel(second.metric)
-    axes.set_title("What is gained for what it costs" if is_cost else "Two objectives", fontsize=11)
-    axes.legend(fontsize=8, frameon=False)
-    _plain(axes)
+    axes.set_xlabel(f"{cost} (less is better)")
+    axes.set_ylabel(objective.metric)
+    axes.set_title(_with_left_out("What is gained for what it costs", trials, [objective]), fontsize=11)
+    _legend(axes)
     return _png(figure)
+
+
+def _both(x: float | None, y: float | None) -> Place | None:
+    return None if x is None or y is None else (x, y)
+
+
+def _with_left_out(title: str, trials: Sequence[Trial], objectives: Sequence[Objective]) -> str:
+    """A title that says how many trials have no place in the picture."""
+    ended = [trial for trial in trials if trial.event == "finished"]
+    count = sum(any(trial.value(one.metric) is None for one in objectives) for trial in ended)
+    return f"{title}; left out: {count} of {len(ended)} trials, which came to NaN or infinity" if count else title
+
+
+def _draw_places(
+    axes: Axes, places: Mapping[str, Place], on_front: Sequence[Place], best: str, line: Mapping[str, Any]
+) -> None:  # fmt: skip
+    if places:
+        axes.plot(*zip(*places.values(), strict=True), "o", markersize=4 if len(places) > 60 else 5, color=OTHERS,
+                  alpha=0.7, label=f"{len(places)} trials")  # fmt: skip
+    if on_front:
+        axes.plot(*zip(*on_front, strict=True), color=COLOURS[0], marker="o", markersize=5, linewidth=1.6,
+                  label=f"Pareto front ({len(on_front)})", **line)  # fmt: skip
+    if best in places:
+        axes.plot(*places[best], "*", markersize=14, color=BEST, zorder=5, label=f"the best, {best}")
+
+
+def _legend(axes: Axes, columns: int = 4) -> None:
+    """Below the picture, where no data are."""
+    axes.legend(fontsize=8, frameon=False, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    _plain(axes)
 
 
 def _draw_equal_worth(axes: Axes, chosen: tuple[float, float], worth: float) -> None:

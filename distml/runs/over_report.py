@@ -1,7 +1,7 @@
 """`distml show` of a job over jobs: its table on the terminal, its pictures as PNG, and report.html with both.
 
 population    lineage.png, schedules.png
-sweep         parallel.png, best-so-far.png; of several objectives pareto.png
+sweep         parallel.png, best-so-far.png; of several objectives pareto.png: the first against each other one
 nas           pareto.png where there is a cost, best-so-far.png; parallel.png where the space has paths
 """
 
@@ -25,7 +25,7 @@ from distml.runs.over import (
     objectives_of,
     read_trials,
 )
-from distml.runs.over_plots import draw_best_so_far, draw_front, draw_lineage, draw_parallel, draw_schedules
+from distml.runs.over_plots import draw_best_so_far, draw_front, draw_gain, draw_lineage, draw_parallel, draw_schedules
 from distml.runs.page import (
     cell,
     columns,
@@ -176,7 +176,7 @@ def _trials(history: History) -> Shown:
     ended = sorted((trial for trial in trials if trial.has_ended), key=lambda one: _worth(one, first, is_nas),
                    reverse=True)  # fmt: skip
     failed = [trial for trial in trials if trial.event == "failed"]
-    edge = _front(trials, objectives, cost)
+    edge = front(trials, objectives, cost is not None) if cost or len(objectives) > 1 else []
     by = {"controller": _name(spec.get("controller"))} if is_nas else {
         key: _name(spec[key]) for key in ("sampler", "scheduler") if spec.get(key)}  # fmt: skip
     summary = _summary(history, {
@@ -216,13 +216,6 @@ def _counts(trials: Sequence[Trial], wanted: int | None) -> str:
     return f"{len(trials)} of {wanted}: {', '.join(counts)}" if wanted else f"{len(trials)}: {', '.join(counts)}"
 
 
-def _front(trials: Sequence[Trial], objectives: Sequence[Objective], cost: str | None) -> list[Trial]:
-    finished = [trial for trial in trials if trial.event == "finished"]
-    if cost:
-        return front(finished, (objectives[0], "cost"), objectives[0])
-    return front(finished, (objectives[0], None), objectives[1]) if len(objectives) == 2 else []
-
-
 def _trial_row(
     trial: Trial, objectives: Sequence[Objective], cost: str | None, is_nas: bool, axes: Sequence[Axis]
 ) -> list[str]:  # fmt: skip
@@ -253,10 +246,10 @@ def _trial_pictures(
     pictures: Pictures = {}
     if cost and reward is not None:
         worth = -math.log2(1 + reward.get("doubling_is_worth", 0.05))
-        drawn = draw_front(trials, cost, objectives[0], best, reward.get("target"), worth)
+        drawn = draw_gain(trials, cost, objectives[0], best, reward.get("target"), worth)
         pictures["pareto.png"] = "what is gained for what it costs", drawn
-    elif len(objectives) == 2:
-        pictures["pareto.png"] = "two objectives", draw_front(trials, objectives[0], objectives[1], best)
+    elif len(objectives) > 1:
+        pictures["pareto.png"] = "objectives against each other", draw_front(trials, objectives, best)
     if axes:
         pictures["parallel.png"] = "values and what came of them", draw_parallel(trials, axes, objectives, best)
     has_reward = reward is not None and any(trial.reward is not None for trial in trials)

@@ -12,6 +12,7 @@ from own.over_runs import write_lines, write_nas, write_population, write_result
 
 from distml.errors import UsageError
 from distml.launch.evaluate import load_model
+from distml.runs import over_plots
 from distml.runs.history import History
 from distml.runs.over import (
     Axis,
@@ -25,7 +26,7 @@ from distml.runs.over import (
     objectives_of,
     read_trials,
 )
-from distml.runs.over_plots import _Vertical, draw_parallel, draw_schedules
+from distml.runs.over_plots import _Vertical, draw_best_so_far, draw_front, draw_parallel, draw_schedules
 from distml.runs.report import compare, show
 
 LOSS, ACCURACY = Objective("eval/loss", "min"), Objective("eval/accuracy", "max")
@@ -172,18 +173,18 @@ def trial(name, cost, accuracy, event="finished"):
 def test_a_front_by_hand():
     trials = [trial("a", 1.0, 0.5), trial("b", 2.0, 0.4), trial("c", 3.0, 0.7), trial("d", 3.0, 0.6),
               trial("e", 4.0, 0.7), trial("f", 5.0, None), trial("g", None, 0.9), trial("h", 9.0, 0.8)]  # fmt: skip
-    assert [one.name for one in front(trials, (ACCURACY, "cost"), ACCURACY)] == ["a", "c", "h"]
+    assert [one.name for one in front(trials, [ACCURACY], True)] == ["a", "c", "h"]
     both = [
         Trial(name, "finished", 0.0, {}, 1, {"eval/loss": loss, "eval/accuracy": accuracy}, 0.0, None)
         for name, loss, accuracy in (("a", 1.0, 0.9), ("b", 0.5, 0.8), ("c", 0.7, 0.7), ("d", 0.2, math.nan))
     ]
-    assert [one.name for one in front(both, (LOSS, None), ACCURACY)] == ["b", "a"]
-    assert front([], (LOSS, None), ACCURACY) == []
+    assert [one.name for one in front(both, [LOSS, ACCURACY])] == ["b", "a"]
+    assert front([], [LOSS, ACCURACY]) == []
 
 
 def test_nobody_on_a_front_is_beaten():
     trials = [trial(str(i), (i * 37) % 19, ((i * 53) % 23) / 23) for i in range(60)]
-    edge = front(trials, (ACCURACY, "cost"), ACCURACY)
+    edge = front(trials, [ACCURACY], True)
     for one in trials:
         beaten = any(
             o.cost <= one.cost
@@ -214,6 +215,47 @@ def test_several_objectives_have_a_front(tmp_path, capsys):
     show(run)
     assert re.search(r"Pareto front +1 trials", capsys.readouterr().out)  # accuracy is a function of the loss here
     assert size((run / "pareto.png").read_bytes())
+
+
+def shown(draw, monkeypatch):
+    """The figure that a picture is made of."""
+    seen = []
+    monkeypatch.setattr(over_plots, "_png", lambda figure: seen.append(figure) or b"")
+    draw()
+    return seen[0]
+
+
+def scored(name, event="finished", **metrics):
+    metrics = {f"eval/{metric}": value for metric, value in metrics.items()}
+    return Trial(name, event, 0.0, {"x": 0.5}, 1, metrics, 0.0, None)
+
+
+def test_three_objectives_are_drawn_in_pairs_with_one_front(monkeypatch):
+    """Of the wide ones the axis is logarithmic, and what is not finite is said to be left out."""
+    third = Objective("eval/size", "min")
+    trials = [scored("a", loss=0.1, accuracy=0.5, size=9.0), scored("b", loss=1e9, accuracy=0.9, size=8.0),
+              scored("c", loss=2e9, accuracy=0.8, size=1.0), scored("d", loss=3e9, accuracy=0.8, size=1.0),
+              scored("e", loss=math.inf, accuracy=0.99, size=0.0)]  # fmt: skip
+    assert [one.name for one in front(trials, [LOSS, ACCURACY, third])] == ["a", "b", "c"]
+    figure = shown(lambda: draw_front(trials, [LOSS, ACCURACY, third], "a"), monkeypatch)
+    assert [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes] == [
+        ("eval/loss (min)", "eval/accuracy (max)"), ("eval/loss (min)", "eval/size (min)")]  # fmt: skip
+    assert [(axes.get_xscale(), axes.get_yscale()) for axes in figure.axes] == [("log", "linear")] * 2
+    assert "left out: 1 of 5 trials" in figure.get_suptitle()
+    finite = shown(lambda: draw_front(trials[1:4], [ACCURACY, LOSS], "b"), monkeypatch)
+    assert "left out" not in finite.get_suptitle()
+    assert finite.axes[0].get_yscale() == "linear"
+
+
+def test_trials_that_failed_and_a_single_one_have_marks(monkeypatch):
+    trials = [scored("a", loss=0.5), scored("b", "failed")]
+    figure = shown(lambda: draw_parallel(trials, [Axis("x", "uniform")], [LOSS], "a"), monkeypatch)
+    assert [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_marker() == "x"] == [[[0.0, 0.5]]]
+    figure = shown(lambda: draw_best_so_far(trials[:1], [LOSS]), monkeypatch)
+    (best,) = [line for line in figure.axes[0].lines if line.get_label() == "best so far"]
+    assert (best.get_marker(), best.get_xydata()[0].tolist()) == ("o", [1.0, 0.5])
+    figure.canvas.draw()
+    assert figure.axes[0].get_legend().get_window_extent().y1 < figure.axes[0].bbox.y0  # below the data
 
 
 def test_show_of_a_search(tmp_path, capsys):
