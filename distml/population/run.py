@@ -24,7 +24,7 @@ import random
 import socket
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,7 @@ from distml.strategies.agenda import Agenda
 
 WAIT_S = 0.25  # so long a signal may wait for its answer
 SHOW_EVERY_S = 1.0
+DRAWS = 100  # of values that the base must take together, before it is taken that there are none
 
 
 class PopulationRun:
@@ -326,17 +327,35 @@ class PopulationRun:
         generator = random.Random(f"{self.job.seed}/decide/{one.name}/{one.decisions}")
         donor = exploit(self.job.exploit, one.name, self._scores(), self.mode, generator)
         if donor is not None:
-            return self._copy_of(donor, "copy", generator)
+            return self._copy_of(one, donor, "copy", generator)
         if isinstance(self.job.exploit, NoExploitSpec) and not isinstance(self.job.explore, NoExploreSpec):
-            values = explore(self.job.explore, self.space, one.own.values, generator)
-            return Order("decide", values, one.own.state)
+            return Order("decide", self._explored(one, one.own.values, generator), one.own.state)
         return None
 
-    def _copy_of(self, donor: str, event: Any, generator: random.Random, cause: str | None = None) -> Order:
+    def _copy_of(
+        self, one: Individual, donor: str, event: Any, generator: random.Random, cause: str | None = None
+    ) -> Order:
         held = self.members[donor].measured
         assert held is not None
-        values = explore(self.job.explore, self.space, held.values, generator)
+        values = self._explored(one, held.values, generator)
         return Order(event, values, held.state, (donor, held.step, held.score), cause)
+
+    def _explored(self, one: Individual, values: Values, generator: random.Random) -> Values:
+        """Others to try; the same ones where the base takes nothing that was drawn."""
+        drawn = self._drawn(one.name, lambda: explore(self.job.explore, self.space, values, generator))
+        return values if drawn is None else drawn
+
+    def _drawn(self, name: str, draw: Callable[[], Values]) -> Values | None:
+        """The first draw that the base takes: what is allowed one by one need not be so together. None: there is none.
+
+        All draws are from one generator, so that the same seed always comes to the same values.
+        """
+        for _ in range(DRAWS):
+            values = draw()
+            with contextlib.suppress(UsageError):
+                self.folders[name].spec(values)
+                return values
+        return None
 
     def _scores(self) -> dict[str, float | None]:
         """Newest scores whose weights can be copied."""
@@ -348,11 +367,11 @@ class PopulationRun:
         donor = successor(self.job.exploit, one.name, self._scores(), self.mode, generator)
         one.phase = "parked"
         if donor is not None:
-            one.order = self._copy_of(donor, "replace", generator, one.cause)
+            one.order = self._copy_of(one, donor, "replace", generator, one.cause)
             return
         values = one.own.values
         if not isinstance(self.job.exploit, NoExploitSpec):
-            values = explore(self.job.explore, self.space, values, generator)
+            values = self._explored(one, values, generator)
         one.order = Order("replace", values, None, None, one.cause)
 
     def _carried_out(self, one: Individual, applied: Mapping[str, Any], seconds: float, state: Any) -> None:
@@ -473,8 +492,21 @@ class PopulationRun:
         self.whole[one.name] = self.durable[one.name] = one.record
 
     def _new(self, name: str) -> Individual:
-        held = Held(0, sample(self.space, random.Random(f"{self.job.seed}/start/{name}")), None)
+        generator = random.Random(f"{self.job.seed}/start/{name}")
+        values = self._drawn(name, lambda: sample(self.space, generator))
+        if values is None:
+            raise UsageError(f"space: of {DRAWS} combinations of {', '.join(self.paths)} the base takes none; "
+                             f"{self._refusal(name, sample(self.space, generator))}; narrow the space")  # fmt: skip
+        held = Held(0, values, None)
         return Individual(name, held, Record(held))
+
+    def _refusal(self, name: str, values: Values) -> str:
+        """Why the base does not take these values."""
+        try:
+            self.folders[name].spec(values)
+        except UsageError as error:
+            return f"with {dict(values)}: {error}"
+        return ""
 
     def _recall(self, earlier: Mapping[str, Any]) -> None:
         """Go on from population.json and the checkpoints that it names."""

@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,36 @@ def test_if_nothing_is_ever_finite_there_is_no_best(tmp_path: Path) -> None:
     host = scoring({"00": math.nan, "01": math.nan})(2)
     _, result = run_with(toy(base__stop__steps=8), tmp_path / "run", host)
     assert (result.status, result.best, set(result.metrics)) == ("done", None, {"timing/start_s"})
+
+
+TOGETHER = {"base__batch_size": 64, "explore": "resample", "space": {
+    "batch_size": {"choice": [16, 32, 64, 128]}, "micro_batch_size": {"choice": [8, 16, 32]}}}  # fmt: skip
+
+
+class Rating(PlainHost):
+    """Scores that make members copy, whatever their values; one member is lost."""
+
+    def wait(self, timeout_s: float) -> list[Answer]:
+        return [replace(a, metrics={**a.metrics, "eval/quality": float(a.member)}) if isinstance(a, Advanced) else a
+                for a in super().wait(timeout_s)]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, {"exploit": "none", "synchronous": False}], ids=["copies", "explores"])
+def test_values_that_the_base_does_not_take_together_are_drawn_again(changes: dict[str, Any], tmp_path: Path) -> None:
+    host = Rating(6, gone=once("02", 0, "not_finite"))
+    _, result = run_with(toy(**SIX | TOGETHER | changes), tmp_path / "run", host)
+    assert result.status == "done"
+    events = lineage(tmp_path / "run")
+    tried = [event["values"] for event in events if event["event"] in ("start", "copy", "replace", "decide")]
+    assert len(tried) > 30
+    assert all(values["micro_batch_size"] <= values["batch_size"] for values in tried)
+    assert {"replace"} < {event["event"] for event in events}
+
+
+def test_a_space_of_which_the_base_takes_nothing_is_refused(tmp_path: Path) -> None:
+    space = {"batch_size": {"choice": [8, 16]}, "micro_batch_size": {"choice": [32, 64]}}
+    with pytest.raises(UsageError, match=r"of 100 combinations of batch_size, micro_batch_size the base takes none"):
+        run_with(toy(**TOGETHER | {"space": space}), tmp_path / "run")
 
 
 def test_an_objective_that_is_not_reported(tmp_path: Path) -> None:
