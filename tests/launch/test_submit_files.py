@@ -194,7 +194,7 @@ def test_something_else_of_its_name_is_refused(tmp_path: Path, name: str) -> Non
 
 # ----------------------------------------------------------------------------------------------------------- the checks
 OWN = "distml: v1\nname: own\ntask: 'my_task:Mine'\nstrategy: single\nbatch_size: 4\nstop: {steps: 1}\n"
-TASK = "import helper\nimport distml\nclass Mine(distml.Task):\n    needs = frozenset()\n"
+TASK = "import shelved_helper\nimport distml\nclass Mine(distml.Task):\n    needs = frozenset()\n"
 
 
 def checked(spec: Path, root: Path) -> list[str]:
@@ -206,10 +206,10 @@ def checked(spec: Path, root: Path) -> list[str]:
 
 def test_own_modules_must_be_sent(tmp_path: Path) -> None:
     spec = write(tmp_path, "jobs/own.yaml", OWN)
-    write(tmp_path, "jobs/my_task.py", TASK), write(tmp_path, "jobs/helper.py")
+    write(tmp_path, "jobs/my_task.py", TASK), write(tmp_path, "jobs/shelved_helper.py")
     assert checked(spec, tmp_path) == []
-    write(tmp_path, ".gitignore", "helper.py\n")
-    with pytest.raises(UsageError, match=r"needs .*helper\.py, which is not sent: ignored"):
+    write(tmp_path, ".gitignore", "shelved_helper.py\n")
+    with pytest.raises(UsageError, match=r"needs .*shelved_helper\.py, which is not sent: ignored"):
         checked(spec, tmp_path)
     write(tmp_path, ".gitignore", "my_*.py\n")
     with pytest.raises(UsageError, match=r"my_task\.py, which is not sent"):
@@ -218,10 +218,12 @@ def test_own_modules_must_be_sent(tmp_path: Path) -> None:
 
 def test_own_modules_from_elsewhere_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = write(tmp_path, "here/own.yaml", OWN)
-    write(tmp_path, "here/my_task.py", TASK), write(tmp_path, "library/helper.py")
+    write(tmp_path, "here/my_task.py", TASK), write(tmp_path, "library/shelved_helper.py")
     assert checked(spec, spec.parent) == []  # a module that is nowhere: the run will say so
     monkeypatch.syspath_prepend(str(tmp_path / "library"))
-    with pytest.raises(UsageError, match=r"imports helper, which is .*library/helper\.py, .*outside the working dir"):
+    with pytest.raises(
+        UsageError, match=r"imports shelved_helper, which is .*library/shelved_helper\.py, .*outside the working dir"
+    ):
         checked(spec, spec.parent)
     assert checked(spec, tmp_path) == []
 
