@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from distml.exchange.layout import Array
 from distml.memory import out_of_memory_kills
 from distml.population.host import Advanced, Answer, Copied, Gone, Handle, Ready
-from distml.runtime.actors import patience_s
+from distml.runtime.actors import PATIENCE_FACTOR, patience_s
 from distml.runtime.cut import Cut
 from distml.runtime.deaths import cause_of_death
 from distml.runtime.endings import close_within
@@ -180,7 +180,7 @@ class RayHost:
             self._launch(slot)
         self.gone.discard(member)
         slot.member, slot.calls, slot.step, slot.started = member, {}, None, time.monotonic()
-        slot.phase = "start"
+        slot.phase, slot.ping = "start", None  # what the one before it was doing says nothing of this one
         known = [state.way_from(slot.node)] if state is not None else []
         job_json, injections = job.model_dump_json(by_alias=True), self.injections.get(member, ())
         slot.calls[slot.actor.start.remote(member, job_json, known, list(watch), injections)] = "start", state
@@ -322,10 +322,12 @@ class RayHost:
             self._lose(slot, self._cause(error), slot.phase)
             return
         slot.ping, slot.heard, slot.phase = None, time.monotonic(), activity
-        slot.step = slot.step if step is None else step
+        if step is not None:  # it may have been asked before the newest interval was answered
+            slot.step = max(step, slot.step or 0)
         if motionless_s > patience_s(self.base):
-            self._end(slot, f"it has not moved in {activity} for {motionless_s:.0f} s and was ended; if that is no "
-                            "block, raise limits.lost_after_s")  # fmt: skip
+            self._end(slot, f"it has not moved in {activity} for {motionless_s:.0f} s, of {patience_s(self.base):g} s "
+                            "allowed, and was ended; if that is no block, raise limits.lost_after_s to more than a "
+                            f"{PATIENCE_FACTOR:.0f}th of what it needs")  # fmt: skip
 
     def _cause(self, error: Exception) -> str:
         """Why a process died, in one line."""
