@@ -25,7 +25,7 @@ from distml.errors import ExitCode, RunError, UsageError
 from distml.inject import Injection
 from distml.launch import hf
 from distml.launch.plan.command import memory_advice
-from distml.launch.plan.over import over_line
+from distml.launch.plan.over import over_line, unused_line
 from distml.launch.plan.running import plan_of_run
 from distml.launch.plan.text import key_lines
 from distml.launch.submit.remote import runs_root
@@ -212,7 +212,9 @@ def drive_over(context: OverContext, resume: bool) -> Result:
 
     def train() -> None:
         one.build(resume)
-        context.display.note(over_line(job))
+        for line in (over_line(job), unused_line(job)):
+            if line is not None:
+                context.display.note(line)
         transport = "members in one process (inline)" if context.where == "inline" else "members on Ray"
         context.directory.write_environment(environment(context.where, transport, one.hosts))
         one.train()

@@ -8,7 +8,7 @@ from typing import Any
 
 from distml.errors import UsageError
 from distml.spec.messages import Problem, near, shorten
-from distml.spec.nas import NasSpec
+from distml.spec.nas import NasSpec, RewardSpec
 from distml.spec.nas_rules import check_nas
 from distml.spec.over_jobs import OverJobs
 from distml.spec.population import NoExploitSpec, PopulationSpec
@@ -257,7 +257,22 @@ def _reward(job: NasSpec) -> Iterator[Problem]:
     if reward.cost is None and reward.target is not None:
         yield Problem("reward.target is of reward.cost, which is null; add cost: flops or cost: parameters",
                       (("reward", "target"),))  # fmt: skip
+    if reward.cost is None and reward.doubling_is_worth != RewardSpec().doubling_is_worth:
+        yield Problem("reward.doubling_is_worth is of reward.cost, which is null; add cost: flops or cost: parameters",
+                      (("reward", "doubling_is_worth"),))  # fmt: skip
+    yield from _controller(job)
+
+
+def _controller(job: NasSpec) -> Iterator[Problem]:
     controller = job.controller
+    if controller.name == "reinforce" and controller.batch > job.trials:
+        yield Problem(f"controller.batch is {controller.batch} rewards per update, and trials is {job.trials}: it "
+                      "would never learn; lower it, raise trials, or use controller: random",
+                      (("controller", "batch"), ("trials",)), "value")  # fmt: skip
+    if controller.name == "evolution" and controller.population >= job.trials:
+        yield Problem(f"controller.population is {controller.population}, all drawn by chance, and trials is "
+                      f"{job.trials}: nobody would ever be mutated; lower it, raise trials, or use controller: random",
+                      (("controller", "population"), ("trials",)), "value")  # fmt: skip
     if controller.name == "evolution" and controller.sample > controller.population:
         yield Problem(f"controller.sample is {controller.sample} of a population of {controller.population}; lower it",
                       (("controller", "sample"), ("controller",)), "value")  # fmt: skip

@@ -147,10 +147,3 @@ def _wrong(kind: str, arguments: Any) -> Iterator[str]:
         yield f"{kind}: the lower end {low!r} is not below the upper end {high!r}; swap them or use a fixed value"
     elif kind.startswith("log") and low <= 0:
         yield f"{kind}: the lower end must be above 0, got {low!r}; use {kind[3:]} or a positive end"
-
-
-def to_json(dimension: Dimension) -> dict[str, Any]:
-    """As it is written in a spec, below its path."""
-    if dimension.kind == "choice":
-        return {"choice": list(dimension.values)}
-    return {dimension.kind: [dimension.low, dimension.high]}

@@ -7,6 +7,7 @@ take as long as two. Other tasks are traced whole, on the first examples of thei
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,7 +54,7 @@ def trace_activations(job: JobSpec, task: Task, rows: int) -> Activations:
     try:
         return _of_dataset(job, task, rows)
     except Exception as error:  # a user's own code may do anything
-        reason = " ".join(str(error).split())[:100]
+        reason = textwrap.shorten(str(error), 300, placeholder=" …")
         raise NotTracedError(f"its loss cannot be traced ({type(error).__name__}: {reason})") from error
 
 
@@ -121,7 +122,7 @@ def model_without_memory(task: Task) -> nn.Module:
         with without_memory():
             model = task.build_model()
     except Exception as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = textwrap.shorten(str(error), 300, placeholder=" …")
         raise NotTracedError(f"its model cannot be built without values ({type(error).__name__}: {reason})") from error
     return model
 

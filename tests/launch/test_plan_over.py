@@ -9,7 +9,7 @@ import pytest
 
 from distml.cli import main
 from distml.launch.plan.budget import Budget
-from distml.launch.plan.over import many_of, over_line
+from distml.launch.plan.over import many_of, over_line, unused_line
 from distml.spec.loader import load_spec
 
 NAS = """\
@@ -138,3 +138,20 @@ def test_small_work_is_said_in_small_units():
     assert str(Budget(4, 0.01, 0.02, 2, 1, "worker", "members")) == (
         "4 members x 0.6 to 1.2 worker-minutes on 2 workers: 2.4 to 4.8 worker-minutes, 72 s to 2 min 24 s"
     )
+
+
+def test_what_variants_do_not_do_of_the_base_is_said(here):
+    usual = load_spec("sweep.yaml", ["base.log.to=[]"]).job
+    assert unused_line(usual) is None
+    said = ["base.log.to=[tensorboard]", "base.checkpoint={every: 7, keep: 2}"]
+    assert unused_line(load_spec("sweep.yaml", said).job) == (
+        "not used of the base: checkpoint.every (the best keep their last weights); log.to (each has its metrics.jsonl)"
+    )
+    assert "(a population has its own checkpoint)" in str(unused_line(load_spec("population.yaml", said).job))
+
+
+def test_why_activations_are_not_counted_is_a_whole_sentence(capsys):
+    assert main(["plan", "nasnet-cifar"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "activations are not counted" in line]
+    assert "data_batch_1.bin is missing; download" in line
+    assert line.endswith((".)", "…)")) or line.split("; download ")[1].count(" ") > 3

@@ -255,7 +255,9 @@ def test_missing_images_are_said_before_the_first_child(tmp_path):
     assert not (tmp_path / "out/trials.jsonl").exists()
 
 
-@pytest.mark.parametrize("controller", ["reinforce", "evolution", "random"])
+@pytest.mark.parametrize("controller", [{"name": "reinforce", "batch": 2},
+                                        {"name": "evolution", "population": 2, "sample": 1},
+                                        {"name": "random"}], ids=lambda one: one["name"])  # fmt: skip
 def test_every_controller_searches_structured_spaces(controller, tmp_path):
     model = {"name": "nasnet", "repeats": 1, "filters": 2}
     base = {**search()["base"], "task": {"name": "classification", "model": model}, "stop": {"steps": 1}}

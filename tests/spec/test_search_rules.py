@@ -179,6 +179,7 @@ def test_decisions_fall_on_the_rounds_of_local_sgd(fails):
     sweep = changed(SWEEP, ("base: digits-single", "base: base.yaml"))
     Path("job.yaml").write_text(f"{sweep}every: 50\n")
     one = ["base.resources.workers=1"]
+    Path("job.yaml").write_text(sweep)
     load_spec("job.yaml", one)  # nobody decides about it before its end
     assert "every is 50, no multiple of 8" in fails(f"{sweep}every: 50\nscheduler: asha\n", one)
 
@@ -235,6 +236,15 @@ def test_a_base_is_found_beside_the_spec_that_names_it(tmp_path, monkeypatch):
                                                                        "cannot follow optuna; use sampler: random"),
         ([("trials: 8", "trials: 8\nscheduler: pb2"), (LR, "optimizer.lr: {choice: [0.1, 0.2]}")],
          "8:17: space.optimizer.lr: scheduler pb2 models intervals only"),
+        ([("trials: 8", "trials: 8\nscheduler: {name: pbt, reduction_factor: 4}")],
+         "6:24: scheduler.reduction_factor is for asha and hyperband, the scheduler is pbt; remove it"),
+        ([("trials: 8", "trials: 8\nscheduler: {name: pbt, grace: 4}")], "6:24: scheduler.grace is for asha"),
+        ([("trials: 8", "trials: 8\nevery: 10")], "6:1: every says when a scheduler looks at a trial, and scheduler "
+                                                  "fifo never does"),
+        ([("trials: 8", "trials: 8\nscheduler: asha\nevery: 9"), (LR, "stop.steps: {randint: [100, 200]}")],
+         "9:3: space.stop.steps may not be searched with scheduler asha, which compares trials by their number of"),
+        ([("trials: 8", "trials: 8\nscheduler: hyperband\nevery: 9"), (LR, "evaluate.every: {randint: [1, 9]}")],
+         "9:3: space.evaluate.every may not be searched with scheduler hyperband"),
         ([("objective: eval/loss", "objective: [eval/loss, eval/accuracy]\nscheduler: asha")],
          "9:12: scheduler asha ranks trials by one metric, and objective has 2; use scheduler: fifo"),
         ([("objective: eval/loss", "objective: [eval/loss]")], "8:12: objective is a list of 1; give one metric, or"),
@@ -247,6 +257,12 @@ def test_a_sweep_that_cannot_be(fails, changes, text):
     assert f"job.yaml:{text}" in fails(changed(SWEEP, *changes))
 
 
+def test_by_examples_a_batch_size_decides_how_many_reports_there_are(fails):
+    text = changed(SWEEP, (LR, "batch_size: {randint: [8, 64]}"), ("trials: 8", "trials: 8\nscheduler: asha"))
+    assert "space.batch_size may not be searched with scheduler asha" in fails(text, ["base.stop={examples: 25600}"])
+    load_spec("job.yaml", ["base.stop={steps: 400}"])
+
+
 # ------------------------------------------------------------------------------------------------------------------ nas
 @pytest.mark.parametrize(
     ("added", "text"),
@@ -254,6 +270,9 @@ def test_a_sweep_that_cannot_be(fails, changes, text):
         ("reward: {cost: flops}", "8:16: reward.cost is flops, and there is no reward.target"),
         ("reward: {target: 1000.0}", "8:10: reward.target is of reward.cost, which is null"),
         ("reward: {metric: test/accuracy}", "8:18: reward.metric must start with eval/"),
+        ("reward: {doubling_is_worth: 0.1}", "8:10: reward.doubling_is_worth is of reward.cost, which is null"),
+        ("controller: {name: reinforce, batch: 9}", "8:38: controller.batch is 9 rewards per update, and trials is 8"),
+        ("controller: {name: evolution, population: 8}", "8:43: controller.population is 8, all drawn by chance, and"),
         ("controller: evolutoin", "8:13: unknown controller 'evolutoin'; did you mean 'evolution'?"),
         ("controller: {name: evolution, population: 4}", "8:13: controller.sample is 5 of a population of 4; lower it"),
         ("controller: {name: random, lr: 1}", "8:28: unknown key 'lr' in controller"),

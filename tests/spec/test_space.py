@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distml.spec.loader import load_train, with_values
-from distml.spec.space import KINDS, Dimension, parse_space, to_json
+from distml.spec.space import KINDS, Dimension, parse_space
 
 DRAWS = 10_000
 DIMENSIONS = [
@@ -116,7 +116,8 @@ def test_clipping_ends_inside_with_the_type(low, width, value):
 
 @pytest.mark.parametrize("dimension", DIMENSIONS, ids=lambda one: one.kind)
 def test_what_is_written_reads_back(dimension):
-    space, problems = parse_space({"a": to_json(dimension)})
+    written = list(dimension.values) if dimension.kind == "choice" else [dimension.low, dimension.high]
+    space, problems = parse_space({"a": {dimension.kind: written}})
     assert not problems
     assert space == (dimension,)
     assert dimension.kind in KINDS

@@ -11,6 +11,7 @@ from distml.launch.plan.estimate import Plan, steps_of
 from distml.spec.nas import NasSpec
 from distml.spec.over_jobs import OverJobs
 from distml.spec.population import PopulationSpec
+from distml.spec.schema import CheckpointSpec
 from distml.spec.search_rules import space_of
 from distml.spec.sweep import SweepSpec
 
@@ -60,6 +61,21 @@ def room_of(many: Many, plan: Plan, cluster: ClusterSpec | None) -> int:
         return wanted if many.at_once else each
     cpus = (os.cpu_count() or 1) // plan.job.resources.cpus_per_worker
     return max(each, min(wanted, cpus) if many.at_once is None else wanted)
+
+
+def unused_line(job: OverJobs) -> str | None:
+    """What the base says of its own run that its variants do not do; None: nothing.
+
+    A base may also be run alone, so this is no error.
+    """
+    base, usual, is_population = job.base, CheckpointSpec().model_dump(), isinstance(job, PopulationSpec)
+    written = base.checkpoint.model_dump(include=base.checkpoint.model_fields_set)
+    kept = [f"checkpoint.{key}" for key, value in written.items() if value != usual[key]]
+    instead = "a population has its own checkpoint" if is_population else "the best keep their last weights"
+    parts = [f"{', '.join(kept)} ({instead})"] if kept else []
+    if base.log.to and "to" in base.log.model_fields_set:
+        parts.append("log.to (each has its metrics.jsonl)")
+    return f"not used of the base: {'; '.join(parts)}" if parts else None
 
 
 def over_line(job: OverJobs) -> str:
