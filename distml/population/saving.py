@@ -105,12 +105,14 @@ class Saver:
         if best is not None and self.best_saved != (best.member, best.held.step):
             with contextlib.suppress(LookupError):  # then the one before stays
                 self._commit_best(best)
+        lost: set[str] = set()  # not `self.lost`: the decider takes from that at any time
         for name, record in snapshot.records.items():
             try:
                 self._commit(name, record)
             except LookupError:
-                self.lost.add(name)
-        if not self.lost.isdisjoint(snapshot.records):
+                lost.add(name)
+        if lost:
+            self.lost |= lost
             return
         write_atomically(self.path, strict_json(finite(to_json(snapshot, self.metric)), FILE))
 
