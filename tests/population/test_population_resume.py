@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from own.plain_host import PlainHost
+from own.plain_host import LAYOUT, Climber, PlainHost
 from own.populations import OWN, Kept, lineage, per_member, run_with, toy
 from test_population_run import END, KEPT, SIX, same_end, weights
 
 from distml.population.host import Answer
+from distml.population.individual import Held, Record
 from distml.population.saving import Saver, Snapshot
+from distml.spec.loader import load_spec
 
 TESTS = OWN.parent
 
@@ -97,6 +99,28 @@ def test_asynchronous_loses_and_doubles_nothing(tmp_path: Path) -> None:
             assert steps == list(range(0, END + 1, 4))
             rows = [json.loads(line)["step"] for line in (image / f"members/{name}/metrics.jsonl").open()]
             assert rows == list(range(1, END + 1))
+
+
+def test_what_is_lost_is_not_named_by_the_file_whoever_hears_of_it_meanwhile(tmp_path: Path) -> None:
+    run, _ = run_with(toy(stop={"steps": 8}), tmp_path / "run")
+
+    def fetch(handle: Any) -> Any:
+        saver.lost.clear()  # as the decider does, who looks after them
+        if handle == "lost":
+            raise LookupError("it was lost")
+        return state
+
+    state = Climber(load_spec(toy(), directory=OWN).job.base, None).state()
+    saver = Saver(tmp_path / "other", run.folders, fetch, "eval/quality")
+    (tmp_path / "other").mkdir()
+    saver.layout = LAYOUT
+    values = run.members["00"].own.values
+    records = {name: Record(Held(40, values, handle, 1.0), 1.0, 2) for name, handle in (("00", "lost"), ("01", "here"))}
+    saver.write(Snapshot(0.0, records))
+    assert not saver.path.exists()
+    assert saver.lost == {"00"}
+    saver.write(Snapshot(0.0, {"01": records["01"]}))
+    assert saver.path.exists()
 
 
 class Interrupting(PlainHost):
