@@ -32,5 +32,12 @@ def reward_of(spec: RewardSpec, metric: float, cost: float | None) -> float:
 
 
 def worst(rewards: Sequence[float]) -> float:
-    """What an architecture gets that failed or came to NaN: 0, or the least of all so far where that is lower."""
-    return min([0.0, *rewards])
+    """What an architecture gets that failed or came to NaN: 0 where all others are above it, else less than all.
+
+    Then it is a tenth of their spread below the least: far enough to be told apart, near enough for a baseline.
+
+    Args:
+        rewards: of architectures that came to something; at least one.
+    """
+    least, greatest = min(rewards), max(rewards)
+    return 0.0 if least > 0 else least - 0.1 * ((greatest - least) or abs(least) or 1.0)

@@ -71,6 +71,7 @@ class SearchRun:
         self.running: dict[str, Trial] = {}
         self.ready: dict[str, Ready] = {}
         self.again: deque[Trial] = deque()
+        self.unrewarded: list[Trial] = []  # that came to nothing before there was a reward to be less than
         self.best: Trial | None = None
         self.earlier_s, self.began, self.recorded_at = 0.0, time.perf_counter(), 0.0
         self.has_started = False
@@ -170,7 +171,7 @@ class SearchRun:
         folder.finish(answer)
         self._leave(trial)
         trial.error = None
-        trial.reward = reward if math.isfinite(reward) else self._worst()
+        trial.reward = reward if math.isfinite(reward) else None
         self._settle("finished", trial, None)
         if is_best:
             self.best = trial
@@ -198,13 +199,12 @@ class SearchRun:
         self.ready.pop(trial.name, None)
 
     def _settle(self, event: Any, trial: Trial, error: str | None) -> None:
-        """A child has its reward for good: write it down, then learn from it."""
+        """A child has come to its end for good: write it down, then learn from it."""
         trial.status, trial.error = event, error
-        if error is not None:
-            trial.reward = self._worst()
-        assert trial.reward is not None
+        if trial.reward is None and (known := self._rewards()):
+            trial.reward = worst(known)
         self.journal.write(event, trial, self.seconds)
-        self.controller.learn(trial.choices, trial.reward)
+        self._learn(trial)
         over = len(self._over())
         if over % STATE_EVERY == 0:
             values, arrays = self.controller.state()
@@ -213,6 +213,23 @@ class SearchRun:
             self.display.note(f"trial {trial.name} failed: {error}")
             if over >= HOPELESS and all(one.status == "failed" for one in self._over()):
                 raise RunError(f"the first {over} children failed, the last one: {error}", role=f"trial {trial.name}")
+
+    def _learn(self, trial: Trial, is_new: bool = True) -> None:
+        """Let the controller learn from a child, and after the first one that has a reward from those before it.
+
+        Args:
+            is_new: False: the controller knows already.
+        """
+        if trial.reward is None:
+            self.unrewarded.append(trial)
+            return
+        if is_new:
+            self.controller.learn(trial.choices, trial.reward)
+        for one in self.unrewarded:
+            one.reward = worst([trial.reward])
+            if is_new:
+                self.controller.learn(one.choices, one.reward)
+        self.unrewarded = []
 
     # ------------------------------------------------------------------------------------------------------ beginnings
     def _check_base(self) -> None:
@@ -260,13 +277,14 @@ class SearchRun:
         self.again = deque(trial for trial in known.values() if trial.status == "open")
         self.trials = dict(sorted(known.items(), key=lambda item: item[1].number))
         self.earlier_s = max((row["wall_s"] for row in rows), default=0.0)
-        for row in rows[self._load_state(len(rows)) :]:
+        num_known = self._load_state(len(rows))
+        for index, row in enumerate(rows):
             if row["event"] == "proposed":
-                if list(self.controller.propose()) != row["decisions"]:
+                if index >= num_known and list(self.controller.propose()) != row["decisions"]:
                     self.display.note(f"the controller proposes otherwise than before for trial {row['trial']}: from "
                                       "here on the search is not the one that it was")  # fmt: skip
             elif row["event"] in ("finished", "failed"):
-                self.controller.learn(row["decisions"], row["reward"])
+                self._learn(self.trials[row["trial"]], index >= num_known)
         for trial in self._over():
             better = self.best is None or self._reward(trial) > self._reward(self.best)
             if trial.status == "finished" and math.isfinite(trial.metric(self.job.reward.metric)) and better:
@@ -304,8 +322,10 @@ class SearchRun:
     def _over(self) -> list[Trial]:
         return [trial for trial in self.trials.values() if trial.status != "open"]
 
-    def _worst(self) -> float:
-        return worst([trial.reward for trial in self._over() if trial.reward is not None])
+    def _rewards(self) -> list[float]:
+        """Of those that came to something."""
+        metric, finished = self.job.reward.metric, (one for one in self._over() if one.status == "finished")
+        return [one.reward for one in finished if one.reward is not None and math.isfinite(one.metric(metric))]
 
     @staticmethod
     def _reward(trial: Trial) -> float:
@@ -322,7 +342,9 @@ class SearchRun:
     def _report(self, trial: Trial) -> None:
         """A row of the search's own metrics.jsonl, the result so far, and a line on the display."""
         over, metric = len(self._over()), self.job.reward.metric
-        row: dict[str, Any] = {"nas/reward": trial.reward, metric: trial.metric(metric)}
+        row: dict[str, Any] = {metric: trial.metric(metric)}
+        if trial.reward is not None:
+            row["nas/reward"] = trial.reward
         if trial.cost is not None:
             row[f"nas/{self.job.reward.cost}"] = trial.cost
         if self.best is not None:

@@ -32,5 +32,7 @@ def test_more_cost_is_never_better():
 
 def test_nan_stays_and_a_failure_gets_the_least():
     assert math.isnan(reward_of(FLOPS, math.nan, 1e6))
-    assert worst([]) == worst([0.5, 0.2]) == 0.0
-    assert worst([-3.0, 0.5]) == -3.0
+    assert worst([0.5, 0.2]) == 0.0
+    assert worst([-3.0, 2.0]) == -3.5
+    assert worst([-3.0]) == pytest.approx(-3.3)
+    assert worst([0.0]) < 0

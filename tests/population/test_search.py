@@ -208,6 +208,30 @@ def test_not_finite_is_the_worst_and_not_tried_again(tmp_path):
     assert not {"0001", "0003"} & {result.best["trial"], *result.best["pareto"]}
 
 
+def test_failures_before_the_first_reward_are_less_than_it_where_rewards_are_negative(tmp_path):
+    """0 would be the best of all there; and a resume comes to the same."""
+    first = ("0000", "0001")
+
+    def change(answer, tries):
+        if answer.member in (*first, "0006") and type(answer) is Advanced:
+            return gone(answer.member, "not_finite")
+        return with_metrics(answer, **{"eval/accuracy": -100.0 - int(answer.member)})
+
+    spec = search(reward={"metric": "eval/accuracy"}, trials=8)
+    run, _, _ = run_search(spec, tmp_path / "whole", TriedHost(1, change))
+    assert [run.trials[name].reward for name in first] == pytest.approx([-102.0 * 1.1] * 2)
+    assert run.trials["0006"].reward == pytest.approx(-105.3)  # of -102 to -105 a tenth of 3 below
+    rows = journal(tmp_path / "whole")
+    assert [row["reward"] for row in rows if row["event"] == "failed"] == [None, None, run.trials["0006"].reward]
+    assert run.best is run.trials["0002"]
+    for answers in (4, 9):  # before and after the first reward
+        with pytest.raises(KeyboardInterrupt):
+            run_search(spec, tmp_path / f"{answers}", TriedHost(1, change, stop_after=answers))
+        again, _, _ = run_search(spec, tmp_path / f"{answers}", TriedHost(1, change), resume=True)
+        assert journal(tmp_path / f"{answers}") == rows
+        assert [one.reward for one in again.trials.values()] == [one.reward for one in run.trials.values()]
+
+
 def test_weights_that_are_lost_with_their_process_are_trained_again(tmp_path):
     host = TriedHost(1, lost=("0000",))
     _, result, _ = run_search(search(trials=3), tmp_path / "out", host)
