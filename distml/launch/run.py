@@ -29,7 +29,7 @@ from distml.launch.plan.over import over_line, unused_line
 from distml.launch.plan.running import plan_of_run
 from distml.launch.plan.text import key_lines
 from distml.launch.submit.remote import runs_root
-from distml.population.context import OverContext, OverRun, has_begun
+from distml.population.context import OverContext, OverRun, forget, has_begun, has_trained
 from distml.runs.checkpoints import CheckpointStore, resolve_source
 from distml.runs.directory import Result as ResultRecord
 from distml.runs.directory import RunDirectory
@@ -211,6 +211,8 @@ def drive_over(context: OverContext, resume: bool) -> Result:
         one = SearchRun(context)
 
     def train() -> None:
+        if not resume:
+            forget(context.directory)
         one.build(resume)
         for line in (over_line(job), unused_line(job)):
             if line is not None:
@@ -344,7 +346,11 @@ def check_resume(
         allowed: tuple[str, ...] = OVER_MAY_CHANGE
     else:
         allowed = (*MAY_CHANGE, "batch_size") if follows_workers(loaded.job) else MAY_CHANGE
-    forbidden = [line for key, line in changed if key not in allowed]
+    forbidden = [line for key, line in changed
+                 if key not in allowed and not (over and line.startswith("base.limits."))]  # fmt: skip
+    if forbidden and over and not has_trained(directory):
+        display.note(f"nothing was trained here before; it begins anew with {'; '.join(forbidden[:3])}")
+        return False
     if forbidden:
         init = f", or init: {{from: {directory.path}}} to start from its weights" if loaded.job.kind == "train" else ""
         raise UsageError(

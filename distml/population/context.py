@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from distml.runs.directory import RunDirectory
+from distml.errors import UsageError
+from distml.runs.directory import MetricsFile, RunDirectory
 from distml.runs.display import Display
 from distml.runtime.endings import StopSignals
 from distml.spec.loader import LoadedSpec
@@ -69,3 +72,22 @@ class OverRun(Protocol):
 def has_begun(directory: RunDirectory) -> bool:
     """Whether a run directory holds something that a job over jobs can go on from."""
     return any((directory.path / name).exists() for name in JOURNALS)
+
+
+def has_trained(directory: RunDirectory) -> bool:
+    """Whether something would be lost with it: a member's checkpoint, or a trial that has ended by itself."""
+    population, trials = (directory.path / name for name in JOURNALS)
+    try:
+        members = json.loads(population.read_bytes())["members"].values() if population.exists() else ()
+        rows = MetricsFile(trials).read()
+        return any(one["checkpoint"] for one in members) or any(row["event"] in ("finished", "stopped") for row in rows)
+    except (ValueError, LookupError, TypeError, AttributeError, UsageError):
+        return True  # damaged, which whoever resumes says
+
+
+def forget(directory: RunDirectory) -> None:
+    """Remove what an earlier run left that has trained nothing."""
+    for name in ("members", "trials"):
+        shutil.rmtree(directory.path / name, ignore_errors=True)
+    for name in (*JOURNALS, "lineage.jsonl"):
+        (directory.path / name).unlink(missing_ok=True)

@@ -17,9 +17,13 @@ from own.plain_host import LAYOUT, Climber, PlainHost
 from own.populations import OWN, Kept, lineage, per_member, run_with, toy
 from test_population_run import END, KEPT, SIX, same_end, weights
 
+from distml.errors import UsageError
+from distml.launch.run import check_resume
+from distml.population.context import forget, has_begun
 from distml.population.host import Answer
 from distml.population.individual import Held, Record
 from distml.population.saving import Saver, Snapshot
+from distml.runs.directory import RunDirectory
 from distml.spec.loader import load_spec
 
 TESTS = OWN.parent
@@ -230,3 +234,32 @@ def test_what_a_resume_reads_is_what_was_written(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         same_end(tmp_path / "one", tmp_path / "other")
     assert set(weights(tmp_path / "one")) == {f"0{index}" for index in range(6)}
+
+
+@pytest.mark.parametrize(
+    ("name", "nothing", "something"),
+    [
+        ("population.json", {"members": {"00": {"checkpoint": False}}}, {"members": {"00": {"checkpoint": True}}}),
+        ("trials.jsonl", {"trial": "0000", "event": "failed"}, {"trial": "0000", "event": "finished"}),
+    ],
+)
+def test_a_mistake_may_be_mended_before_anything_was_trained(
+    name: str, nothing: Any, something: Any, tmp_path: Path
+) -> None:
+    before, after = (load_spec(toy(base__batch_size=size, limits__start_s=size * 9), directory=OWN) for size in (1, 2))
+    with RunDirectory.open(tmp_path) as directory:
+        directory.write_spec(before.dump())
+        directory.result.update(status="failed", step=1)
+        (tmp_path / name).write_text(json.dumps(nothing) + "\n")
+        display = Kept()
+        assert check_resume(directory, after, directory.result.read(), display) is False
+        assert display.lines == ["nothing was trained here before; it begins anew with base.batch_size: 1 -> 2"]
+        (tmp_path / name).write_text(json.dumps(something) + "\n")
+        with pytest.raises(UsageError, match="of another spec"):
+            check_resume(directory, after, directory.result.read(), display)
+        same = load_spec(toy(limits__start_s=18), directory=OWN)  # which the base has, too
+        assert check_resume(directory, same, directory.result.read(), display) is True
+        (tmp_path / "members/07").mkdir(parents=True)
+        forget(directory)
+        assert not has_begun(directory)
+        assert not (tmp_path / "members").exists()
