@@ -26,7 +26,7 @@ from distml.adapters.tune_trainable import OBJECTIVE, ordered
 from distml.population.explore import explore
 from distml.spec.population import PerturbSpec
 from distml.spec.search_rules import objectives_of, steps_of
-from distml.spec.space import Dimension, Space
+from distml.spec.space import Space
 from distml.spec.sweep import SweepSpec
 
 REPORTS = "training_iteration"
@@ -57,12 +57,8 @@ def build_scheduler(job: SweepSpec, space: Space) -> TrialScheduler:
     def inside(values: dict[str, Any]) -> dict[str, Any]:
         return {dimension.path: dimension.clip(values[dimension.path]) for dimension in space}
 
-    bounds = {dimension.path: list(_ends(dimension)) for dimension in space}
+    bounds = {dimension.path: list(dimension.ends) for dimension in space}
     return PB2(perturbation_interval=1, hyperparam_bounds=bounds, custom_explore_fn=inside, log_config=False, **common)
-
-
-def _ends(dimension: Dimension) -> tuple[float, float]:
-    return dimension.ends
 
 
 def every(job: SweepSpec) -> int:

@@ -208,8 +208,12 @@ def test_not_finite_is_the_worst_and_not_tried_again(tmp_path):
     assert not {"0001", "0003"} & {result.best["trial"], *result.best["pareto"]}
 
 
-def test_failures_before_the_first_reward_are_less_than_it_where_rewards_are_negative(tmp_path):
-    """0 would be the best of all there; and a resume comes to the same."""
+@pytest.mark.parametrize("state_every", [100, 1])
+def test_failures_before_the_first_reward_are_less_than_it_where_rewards_are_negative(
+    tmp_path, monkeypatch, state_every
+):
+    """0 would be the best of all there; and a resume comes to the same, also with what the controller kept."""
+    monkeypatch.setattr(module, "STATE_EVERY", state_every)
     first = ("0000", "0001")
 
     def change(answer, tries):
