@@ -248,6 +248,7 @@ def test_a_mistake_may_be_mended_before_anything_was_trained(
 ) -> None:
     before, after = (load_spec(toy(base__batch_size=size, limits__start_s=size * 9), directory=OWN) for size in (1, 2))
     with RunDirectory.open(tmp_path) as directory:
+        shutil.copy(OWN / "surrogate.py", tmp_path)
         directory.write_spec(before.dump())
         directory.result.update(status="failed", step=1)
         (tmp_path / name).write_text(json.dumps(nothing) + "\n")
