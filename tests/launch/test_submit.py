@@ -131,7 +131,8 @@ def test_what_a_cluster_does_not_have_is_one_line(work: Path, head: Head, capsys
         wrong.result()
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_client_finds_its_job_which_saves_its_last_step_and_goes_on_later(
     work: Path, head: Head, capsys, workers: int
 ) -> None:
