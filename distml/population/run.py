@@ -79,7 +79,7 @@ class PopulationRun:
         self.whole: dict[str, Record] = {}  # the newest ones that belong together: synchronous, of one round
         self.durable: dict[str, Record] = {}  # of them those that the next snapshot has
         self.best: Best | None = None
-        self.has_goal, self.last_cause = False, ""
+        self.has_goal, self.is_built, self.last_cause = False, False, ""
         self.target, self.decided = self.job.every, 0  # synchronous: the step of the next decision, and of the last
         self.earlier_s, self.shown_at = 0.0, 0.0
         self.began: float | None = None  # when the first member was there
@@ -113,9 +113,22 @@ class PopulationRun:
         self.whole = {name: one.record for name, one in self.members.items()}
         self.durable = dict(self.whole)
         self.saver.write(self._snapshot())
+        self.is_built = True
 
     def train(self) -> None:
-        """To the end; result.json says how it ended."""
+        """To the end; result.json says how it ended.
+
+        Raises:
+            UsageError: nothing could be trained. RunError: it failed later.
+        """
+        try:
+            self._train()
+        except UsageError as error:
+            if not self.total_steps:
+                raise
+            raise RunError(str(error), role="population", phase="train", step=self.total_steps) from error
+
+    def _train(self) -> None:
         self.shown_at = time.monotonic()
         self.display.start(f"population of {self.job.members}, {self.host.slots} at a time, {self.job.base.task.name}, "
                            f"{self.job.base.strategy.label}")  # fmt: skip
@@ -557,21 +570,40 @@ class PopulationRun:
         for one in self.members.values():
             self.folders[one.name].finish(one, "interrupted" if reason == "requested" else "done", self.metric)
         self.host.close()
-        metrics: dict[str, Any] = dict(self.best.held.metrics) if self.best is not None else {}
+        standing = self._standing() | {"wall_s": wall_s}
+        metrics: dict[str, Any] = standing["metrics"]
         if self.began is not None:
             metrics["timing/start_s"] = self.began - self.context.started
-        best: dict[str, Any] | None = None
         if self.best is not None:
             folder, held = self.folders[self.best.member], self.best.held
             write_atomically(self.directory.path / "best.yaml", best_text(folder.spec(held.values), self.job.name))
-            best = {"metric": self.metric, "value": held.score, "step": held.step, "member": self.best.member}
             if status != "interrupted":
-                metrics |= test_scores(folder.path)
+                metrics |= self._tested(folder)
         for line in closing_table(self.members.values(), ranked(self._scores(), self.mode), self.metric):
             self.display.note(line)
-        checkpoint = best and f"{MEMBERS}/{best['member']}/checkpoints/{folder_name(int(best['step']))}"
-        self.directory.result.update(status=status, step=self.total_steps, wall_s=wall_s, metrics=metrics,
-                                     best=best, checkpoint=checkpoint, error=None)  # fmt: skip
+        self.directory.result.update(status=status, **standing, checkpoint=self._best_checkpoint(), error=None)
+
+    def _tested(self, folder: MemberFolder) -> dict[str, float]:
+        """The best member on the test split; nothing where that fails, for all the training is not lost by it."""
+        try:
+            return test_scores(folder.path)
+        except DistmlError as error:
+            self.display.note(f"the best member, {folder.name}, was not measured on the test split: {error}")
+            return {}
+
+    def _standing(self) -> dict[str, Any]:
+        """What result.json says of a population at any time."""
+        best, metrics = None, {}
+        if self.best is not None:
+            held, metrics = self.best.held, dict(self.best.held.metrics)
+            best = {"metric": self.metric, "value": held.score, "step": held.step, "member": self.best.member}
+        return {"step": self.total_steps, "wall_s": self.wall_s, "best": best, "metrics": metrics}
+
+    def _best_checkpoint(self) -> str | None:
+        """Of the best member, relative to the run directory; None: it is not on the disk."""
+        if self.best is None or self.best.held.step not in self.folders[self.best.member].store.steps():
+            return None
+        return f"{MEMBERS}/{self.best.member}/checkpoints/{folder_name(self.best.held.step)}"
 
     def _keep_all(self) -> None:
         """Write the newest snapshot, whether checkpoints are due or not."""
@@ -597,10 +629,7 @@ class PopulationRun:
         self.display.report(self.total_steps, self._fraction(), {})
         if shown:
             self.display.evaluated(self.total_steps, shown)
-        best = self.best and {"metric": self.metric, "value": self.best.held.score, "step": self.best.held.step,
-                              "member": self.best.member}  # fmt: skip
-        self.directory.result.update(durable=False, status="running", step=self.total_steps, wall_s=self.wall_s,
-                                     best=best, metrics=dict(self.best.held.metrics) if self.best else {})  # fmt: skip
+        self.directory.result.update(durable=False, status="running", **self._standing())
 
     def _fraction(self) -> float:
         stop, own = self.job.stop, Agenda(self.job.base).budget_steps
@@ -619,7 +648,8 @@ class PopulationRun:
         with contextlib.suppress(OSError):  # a full disk must not hide the error itself
             for one in self.members.values():
                 self.folders[one.name].finish(one, "interrupted" if is_interrupt else "failed", self.metric)
-            self.directory.result.update(status="interrupted" if is_interrupt else "failed", step=self.total_steps,
+            known = self._standing() | {"checkpoint": self._best_checkpoint()} if self.is_built else {}
+            self.directory.result.update(status="interrupted" if is_interrupt else "failed", **known,
                                          error=None if is_interrupt else message)  # fmt: skip
 
     def close(self) -> None:

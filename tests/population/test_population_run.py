@@ -233,6 +233,43 @@ def test_when_all_fail_the_run_fails_with_the_last_cause(tmp_path: Path) -> None
     assert "died on purpose" in result["error"]["message"]
 
 
+@pytest.mark.parametrize("error", [UsageError, RunError])
+def test_a_run_that_fails_later_keeps_what_it_came_to(error: type[Exception], tmp_path: Path) -> None:
+    class Failing(PlainHost):
+        left = 30
+
+        def wait(self, timeout_s: float) -> list[Answer]:
+            self.left -= 1
+            if not self.left:
+                raise error("on purpose")
+            return super().wait(timeout_s)
+
+    with pytest.raises(RunError, match="on purpose"):
+        run_with(toy(**KEPT), tmp_path / "run", Failing(6))
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["status"] == "failed"
+    assert result["wall_s"] > 0
+    assert result["step"] > 0
+    assert result["best"]["value"] == result["metrics"]["eval/quality"]
+    assert (tmp_path / "run" / result["checkpoint"] / "model.safetensors").is_file()
+
+
+def test_a_test_split_that_fails_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import distml.population.run as module
+
+    def broken(folder: Path) -> dict[str, float]:
+        raise UsageError("there is no test data")
+
+    monkeypatch.setattr(module, "test_scores", broken)
+    display = Kept()
+    _, result = run_with(toy(**SIX), tmp_path / "run", display=display)
+    assert result.status == "done"
+    assert result.best is not None
+    assert set(result.metrics) == {"eval/quality", "train/loss", "timing/start_s"}
+    assert any("was not measured on the test split: there is no test data" in line for line in display.lines)
+    assert (tmp_path / "run/best.yaml").is_file()
+
+
 def test_what_fails_before_anybody_has_begun_is_the_users_matter(tmp_path: Path) -> None:
     host = PlainHost(2, gone=lambda name, step, job: "failed")
     with pytest.raises(UsageError, match="member 00, train: failed on purpose"):
