@@ -152,6 +152,10 @@ def _population(job: PopulationSpec) -> Iterator[Problem]:
                       f"ends before all had their first decision; raise stop.steps to at least {first}, or lower every",
                       (("stop", "steps"), ("every",)), "value")  # fmt: skip
     yield from _rounds(job.base, job.every, "every")
+    if job.base.strategy.keeps_parts:
+        yield Problem(f"base.strategy: {job.base.strategy.label} keeps each rank's part of the state on disk, and a "
+                      "population copies states in memory; use strategy: all_reduce",
+                      (("base", "strategy", "name"), ("base", "strategy"), ("base",)), "value")  # fmt: skip
     if job.max_concurrent is not None and job.max_concurrent > job.members:
         yield Problem(f"max_concurrent is {job.max_concurrent}, and there are {job.members} members; lower it or leave "
                       "it out", (("max_concurrent",),), "value")  # fmt: skip

@@ -197,6 +197,9 @@ def test_decisions_fall_on_the_rounds_of_local_sgd(fails):
         ("{task: classification, stop: {steps: 400}, optimizer: {name: adamw, learn: 3}}",
          "4:75: unknown key 'learn' in base.optimizer"),
         ("{task: classification, stop: {}}", "4:30: stop has no budget"),
+        ("{task: classification, stop: {steps: 400}, resources: {workers: 2}, strategy: zero}",
+         "4:85: base.strategy: zero/1 keeps each rank's part of the state on disk, and a population copies states in "
+         "memory; use strategy: all_reduce"),
     ],
 )  # fmt: skip
 def test_a_base_that_cannot_be(fails, base, text):
