@@ -148,6 +148,9 @@ def test_what_variants_do_not_do_of_the_base_is_said(here):
         "not used of the base: checkpoint.every (the best keep their last weights); log.to (each has its metrics.jsonl)"
     )
     assert "(a population has its own checkpoint)" in str(unused_line(load_spec("population.yaml", said).job))
+    population = load_spec("population.yaml", ["base.evaluate.every=7"]).job
+    assert unused_line(population) == "not used of the base: evaluate.every (members are evaluated at each decision)"
+    assert unused_line(load_spec("sweep.yaml", ["base.evaluate.every=7"]).job) is None
 
 
 def test_why_activations_are_not_counted_is_a_whole_sentence(capsys):

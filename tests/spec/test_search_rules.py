@@ -198,7 +198,7 @@ def test_decisions_fall_on_the_rounds_of_local_sgd(fails):
          "4:75: unknown key 'learn' in base.optimizer"),
         ("{task: classification, stop: {}}", "4:30: stop has no budget"),
         ("{task: classification, stop: {steps: 400}, resources: {workers: 2}, strategy: zero}",
-         "4:85: base.strategy: zero/1 keeps each rank's part of the state on disk, and a population copies states in "
+         "4:85: base.strategy: zero/2 keeps each rank's part of the state on disk, and a population copies states in "
          "memory; use strategy: all_reduce"),
     ],
 )  # fmt: skip

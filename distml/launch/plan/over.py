@@ -11,7 +11,7 @@ from distml.launch.plan.estimate import Plan, steps_of
 from distml.spec.nas import NasSpec
 from distml.spec.over_jobs import OverJobs
 from distml.spec.population import PopulationSpec
-from distml.spec.schema import CheckpointSpec
+from distml.spec.schema import CheckpointSpec, EvaluateSpec
 from distml.spec.search_rules import space_of
 from distml.spec.sweep import SweepSpec
 
@@ -73,6 +73,8 @@ def unused_line(job: OverJobs) -> str | None:
     kept = [f"checkpoint.{key}" for key, value in written.items() if value != usual[key]]
     instead = "a population has its own checkpoint" if is_population else "the best keep their last weights"
     parts = [f"{', '.join(kept)} ({instead})"] if kept else []
+    if isinstance(job, PopulationSpec) and base.evaluate.every not in (EvaluateSpec().every, job.every):
+        parts.append("evaluate.every (members are evaluated at each decision)")
     if base.log.to and "to" in base.log.model_fields_set:
         parts.append("log.to (each has its metrics.jsonl)")
     return f"not used of the base: {'; '.join(parts)}" if parts else None
