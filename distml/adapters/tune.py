@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import random
 import shutil
@@ -29,6 +28,7 @@ import ray
 from ray import tune
 from ray.tune import CheckpointConfig
 
+from distml.adapters.tune_beats import Beats
 from distml.adapters.tune_book import TrialBook, TrialRecord
 from distml.adapters.tune_hooks import Ending, OrderedSearcher, Proposals, SweepState, Watch, describe_values
 from distml.adapters.tune_samplers import build_sampler
@@ -94,7 +94,6 @@ class SweepRun:
         self.sampler = build_sampler(self.job, self.space)
         if not resume:
             self._forget_earlier()
-        self.book.recall(self.sampler)
         self.quiet.enter_context(diverted_output(self.directory.logs / "ray.log"))
         cores = len(os.sched_getaffinity(0))
         slots = self.job.max_concurrent or max(1, cores // base.resources.cpus_per_worker)
@@ -103,6 +102,16 @@ class SweepRun:
         self.signals.take()
         self.slots = min(slots, self._fitting()) if self.owns_ray or self.job.max_concurrent else self._fitting()
         self._check_limit()
+        if self.sampler.lag is not None:
+            self.sampler.lag = self._lag()
+        self.book.recall(self.sampler)
+        self._record_progress()
+
+    def _lag(self) -> int:
+        """How many trials a proposal does not know of: what the spec says, so that it repeats itself anywhere."""
+        if self.job.scheduler.name in TOGETHER and self.sampler.num_trials is not None:
+            return self.sampler.num_trials  # which begin before any has ended
+        return self.job.max_concurrent or self.slots
 
     def _forget_earlier(self) -> None:
         for name in ("trials", "tune"):
@@ -127,13 +136,16 @@ class SweepRun:
     def train(self) -> None:
         """All trials; then the best one's spec, and its test split."""
         job, book = self.job, self.book
-        state = SweepState(book, self.sampler, self.display, job.retries)
+        state = SweepState(book, self.sampler, self.display, job.retries, self._record_progress)
         planned = self.sampler.num_trials
         self.display.start(f"{planned or 'any number of'} trials, {job.sampler.name}, {job.scheduler.name}, "
                            f"{self.slots} at the same time, on Ray Tune")  # fmt: skip
         if book.trials:
             ended = sum(1 for _ in book.ended("finished", "stopped", "failed"))
             self.display.note(f"resuming: {ended} trials have ended, {len(state.waiting)} are run again")
+        if self.sampler.lag is not None and job.max_concurrent is None:
+            self.display.note(f"{job.sampler.name} learns from trials that are {self.sampler.lag} back; it depends on "
+                              "the cores here: set max_concurrent for the same trials everywhere")  # fmt: skip
         self.has_started = self.signals.is_training = True
         with tune_settings(self._pending(), job.seed):
             self._tune(state)
@@ -165,7 +177,7 @@ class SweepRun:
             search_alg=Proposals(OrderedSearcher(state, limit)),
             scheduler=scheduler,
             num_samples=-1,
-            callbacks=[Watch(state)],
+            callbacks=[Watch(state, Beats(self.directory.path.resolve(), base.job))],
             stop=Ending(lambda: self.signals.asked or state.problem is not None),
             storage_path=str(self.storage.resolve()),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_STATES if together else None),
@@ -198,10 +210,7 @@ class SweepRun:
             self._record("interrupted", best, {})
             return
         if best is None:
-            raise RunError(f"no trial finished; the last one failed: {state.last_error}", role="trial", phase="train")
-        if best.score(self.book.goals[0]) == -math.inf:
-            raise RunError(f"no trial came to a finite {self.book.goals[0].metric}; all have diverged, the best one: "
-                           f"{best.error}", role="trial", phase="train", step=best.step)  # fmt: skip
+            raise self._no_best()
         base = self.context.loaded.base
         assert base is not None
         text = best_text(with_values(base, best.values), self.job.name)
@@ -210,6 +219,18 @@ class SweepRun:
         for line in self._closing_lines(best):
             self.display.note(line)
 
+    def _no_best(self) -> RunError:
+        """What a sweep ends with that has come to nothing."""
+        names = ", ".join(goal.metric for goal in self.book.goals)
+        ended = list(self.book.ended("finished", "stopped"))
+        if not ended:
+            return RunError(f"no trial finished; the last one failed: {self.book.last_error}", role="trial",
+                            phase="train")  # fmt: skip
+        last, failed = ended[-1], sum(1 for _ in self.book.ended("failed"))
+        others = f"{len(ended)} have diverged, {failed} failed" if failed else "all have diverged"
+        return RunError(f"no trial came to a finite {names}; {others}; trial {last.name}: "
+                        f"{last.error or 'it reported NaN'}", role="trial", phase="train", step=last.step)  # fmt: skip
+
     def _test(self, best: TrialRecord) -> dict[str, float]:
         """The best trial's test split, measured with the weights that it left."""
         folder = self.book.folder(best.index)
@@ -217,6 +238,10 @@ class SweepRun:
             self.display.note(f"trial {best.name} left no weights here; its test split is not measured")
             return {}
         return test_scores(folder)
+
+    def _record_progress(self) -> None:
+        """That it runs, and its best trial so far."""
+        self._record("running", self.book.best(), {})
 
     def _record(self, status: str, best: TrialRecord | None, test: Mapping[str, float]) -> None:
         metrics = {**best.metrics, **test} if best is not None else {}
@@ -235,9 +260,13 @@ class SweepRun:
         return entry
 
     def _closing_lines(self, best: TrialRecord) -> Iterator[str]:
-        counts = {event: sum(1 for _ in self.book.ended(event)) for event in ("finished", "stopped", "failed")}
+        counts = {event: sum(not trial.has_diverged for trial in self.book.ended(event))
+                  for event in ("finished", "stopped", "failed")}  # fmt: skip
+        diverged = [trial for trial in self.book.ended("finished", "stopped") if trial.has_diverged]
         yield (f"{len(self.book.trials)} trials: {counts['finished']} finished, {counts['stopped']} stopped early, "
-               f"{counts['failed']} failed")  # fmt: skip
+               f"{len(diverged)} diverged, {counts['failed']} failed")  # fmt: skip
+        for trial in diverged:
+            yield f"trial {trial.name} diverged: {trial.error} ({describe_values(trial.values)})"
         for trial in self.book.ended("failed"):
             yield f"trial {trial.name} failed: {trial.error} ({describe_values(trial.values)})"
         if len(self.book.goals) > 1:

@@ -21,6 +21,7 @@ from distml.adapters.tune_samplers import Sampler, Values
 from distml.population.trials import FILE, FOLDER, TrialFolder
 from distml.runs.directory import MetricsFile, RunDirectory
 from distml.runs.files import write_atomically
+from distml.runs.pareto import pareto_front
 from distml.spec.loader import LoadedSpec, with_values
 from distml.spec.schema import BestSpec
 from distml.spec.search_rules import objectives_of
@@ -60,6 +61,11 @@ class TrialRecord:
             return -math.inf
         return float(value) if goal.mode == "max" else -float(value)
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether it has ended with a loss or weights that are not finite: in the journal with its cause."""
+        return self.end in ("finished", "stopped") and self.error is not None
+
 
 class TrialBook:
     """The trials of one sweep.
@@ -79,6 +85,7 @@ class TrialBook:
         self.trials: dict[int, TrialRecord] = {}
         self.files: dict[int, MetricsFile] = {}
         self.kept: set[int] = set()  # whose weights are on the disk
+        self.last_error: str | None = None  # of a trial that has failed
         self.began, self.earlier_s = time.monotonic(), 0.0
 
     @property
@@ -101,7 +108,9 @@ class TrialBook:
                 sampler.recall(index, row["values"])
                 continue
             trial = self.trials[index]
-            trial.failures += event in ("failed", "retried")
+            if event in ("failed", "retried"):
+                trial.failures += 1
+                self.last_error = row["error"]
             if event in ENDS:
                 trial.end, trial.step, trial.metrics = event, int(row["step"]), dict(row["metrics"])
                 trial.values, trial.seconds, trial.error = dict(row["values"]), float(row["seconds"]), row["error"]
@@ -165,8 +174,10 @@ class TrialBook:
     def end(self, trial: TrialRecord, event: str, error: str | None = None) -> None:
         """It has finished, was stopped, or has failed for good."""
         trial.end, trial.error = event, error
+        if event == "failed":
+            self.last_error = error
         self._write(event, trial)
-        self._close(trial, {"finished": "done", "stopped": "done", "failed": "failed"}[event], error)
+        self._close(trial, self._status(trial), error)
         if (self.folder(trial.index) / "checkpoints").is_dir():
             self.kept.add(trial.index)
         self._prune()
@@ -174,7 +185,7 @@ class TrialBook:
     def retry(self, trial: TrialRecord, error: str) -> None:
         """It has failed, and will be run again from its beginning."""
         trial.failures += 1
-        trial.error = error
+        trial.error = self.last_error = error
         self._write("retried", trial)
         trial.step, trial.metrics, trial.seconds, trial.error = 0, {}, 0.0, None
         self._forget(trial)
@@ -208,23 +219,32 @@ class TrialBook:
             checkpoint=f"checkpoints/{steps[-1]}" if steps else None,
         )  # fmt: skip
 
+    def _status(self, trial: TrialRecord) -> str:
+        return "failed" if trial.end == "failed" or trial.has_diverged else "done"
+
     def _forget(self, trial: TrialRecord) -> None:
         if trial.index in self.files:
             self.files.pop(trial.index).close()
 
     # ------------------------------------------------------------------------------------------------------------ best
     def _ranked(self) -> list[TrialRecord]:
-        """Those that may be the best: all that ran to their own end; if there is none, those that were stopped."""
-        ended = sorted((t for t in self.trials.values() if t.end in ("finished", "stopped")), key=lambda t: t.index)
-        return [trial for trial in ended if trial.end == "finished"] or ended
+        """Those that may be the best: that ran to their own end; if there is none, those that were stopped.
+
+        Only those with finite objectives: a trial that has diverged hides none that was stopped.
+        """
+        finite = [t for t in self.ended("finished", "stopped") if all(t.score(g) > -math.inf for g in self.goals)]
+        return [trial for trial in finite if trial.end == "finished"] or finite
 
     def front(self) -> list[TrialRecord]:
-        """The Pareto set: nobody is as good in all objectives and better in one."""
-        ranked = [(trial, [trial.score(goal) for goal in self.goals]) for trial in self._ranked()]
-        return [trial for trial, own in ranked if not any(dominates(other, own) for _, other in ranked)]
+        """The Pareto front of all objectives, in the trials' order; of equals that which `tie_break` prefers."""
+        ranked, goal = self._ranked(), self.job.tie_break or self.goals[0]
+        ranked.sort(key=lambda trial: trial.score(goal), reverse=True)
+        rows = [[trial.metrics.get(one.metric) for one in self.goals] for trial in ranked]
+        found = [ranked[index] for index in pareto_front(rows, [one.mode for one in self.goals])]
+        return sorted(found, key=lambda trial: trial.index)
 
     def best(self) -> TrialRecord | None:
-        """By the objective; of a Pareto set by `tie_break`."""
+        """By the objective; of a Pareto set by `tie_break`; None: no trial has ended with finite ones."""
         goal = self.job.tie_break if len(self.goals) > 1 and self.job.tie_break is not None else self.goals[0]
         return max(self.front(), key=lambda trial: (trial.score(goal), -trial.index), default=None)
 
@@ -237,15 +257,10 @@ class TrialBook:
             shutil.rmtree(self.folder(index) / "checkpoints", ignore_errors=True)
             if trial.end is not None:
                 RunDirectory(self.folder(index)).result.update(
-                    durable=False, checkpoint=None, status="failed" if trial.end == "failed" else "done"
+                    durable=False, checkpoint=None, status=self._status(trial)
                 )
         self.kept &= wanted
 
     def ended(self, *events: str) -> Iterator[TrialRecord]:
         """The trials that ended in one of these ways."""
         return (trial for _, trial in sorted(self.trials.items()) if trial.end in events)
-
-
-def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether `one` is nowhere worse than `other` and somewhere better; more is better."""
-    return all(a >= b for a, b in zip(one, other, strict=True)) and any(a > b for a, b in zip(one, other, strict=True))

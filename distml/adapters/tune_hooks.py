@@ -4,6 +4,7 @@
     Watch.on_trial_result       ──▶ rows and metrics into the trial's folder; the first report is looked at closely
     Searcher.on_trial_complete  ──▶ the journal, then the sampler; a failed trial is proposed again
     Watch.on_trial_error        ──▶ the same for a trial whose process died
+    Watch.on_step_begin         ──▶ Beats: ends processes that hang
     Ending.stop_all             ──▶ Tune, when a signal has come or nothing more is to be hoped for
 
 Tune calls all of them from its loop, in the driver, one at a time.
@@ -14,11 +15,12 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ray.tune import Callback, Stopper
 from ray.tune.search import SearchAlgorithm, Searcher, SearchGenerator
 
+from distml.adapters.tune_beats import Beats
 from distml.adapters.tune_book import TrialBook, TrialRecord
 from distml.adapters.tune_samplers import Sampler
 from distml.adapters.tune_trainable import DETAIL, FINISHED, AppliedDiffers, Detail
@@ -44,6 +46,7 @@ class SweepState:
 
     Args:
         retries: of a failed trial.
+        changed: called when a trial has ended.
 
     Attributes:
         live: Tune's id -> trial, from its proposal to its end.
@@ -51,27 +54,30 @@ class SweepState:
         problem: why the sweep ends at once.
     """
 
-    def __init__(self, book: TrialBook, sampler: Sampler, display: Display, retries: int) -> None:
-        self.book, self.sampler, self.display, self.retries = book, sampler, display, retries
+    def __init__(
+        self, book: TrialBook, sampler: Sampler, display: Display, retries: int, changed: Callable[[], None]
+    ) -> None:  # fmt: skip
+        self.book, self.sampler, self.display, self.retries, self.changed = book, sampler, display, retries, changed
         self.live: dict[str, TrialRecord] = {}
         self.names = TrialNames()
         self.waiting = deque(book.unfinished())
         self.problem: UsageError | AppliedDiffers | None = None
         self.checked = any(book.ended("finished", "stopped"))
-        self.last_error: str | None = None
 
     @property
     def num_proposed(self) -> int:
         """Trials that have a number."""
         return len(self.book.trials)
 
-    def next(self) -> TrialRecord | None:
-        """The next trial that the base takes; None: there is none left."""
+    def next(self) -> TrialRecord | Literal["later"] | None:
+        """The next trial that the base takes; "later": the sampler waits for earlier ones; None: there is none left."""
         while True:
             if self.waiting:
                 trial = self.waiting.popleft()
             elif self.sampler.num_trials is None or self.num_proposed < self.sampler.num_trials:
-                index = self.num_proposed
+                index, lag = self.num_proposed, self.sampler.lag
+                if lag is not None and any(self.book.trials[i].end is None for i in range(index - lag + 1)):
+                    return "later"
                 trial = self.book.propose(index, self.sampler.propose(index))
             else:
                 return None
@@ -112,10 +118,10 @@ class SweepState:
         self.book.end(trial, event, trial.error)
         self.book.tell(self.sampler, trial)
         self._show(trial, before)
+        self.changed()
 
     def fail(self, trial: TrialRecord, cause: str, again: bool = True) -> None:
         """A trial has failed: once more, or for good."""
-        self.last_error = cause
         if again and trial.failures < self.retries:
             self.book.retry(trial, cause)
             self.waiting.append(trial)
@@ -125,11 +131,14 @@ class SweepState:
         self.book.end(trial, "failed", cause)
         self.book.tell(self.sampler, trial)
         self.display.note(f"trial {trial.name} failed: {cause}")
+        self.changed()
 
     def _show(self, trial: TrialRecord, before: TrialRecord | None) -> None:
         goal = self.book.goals[0]
         done, planned = sum(1 for _ in self.book.ended("finished", "stopped", "failed")), self.sampler.num_trials
         value = trial.metrics.get(goal.metric)
+        if trial.has_diverged:
+            self.display.note(f"trial {trial.name} has diverged: {trial.error} ({describe_values(trial.values)})")
         self.display.report(done, done / planned if planned else 0.0, {goal.metric: value})
         if self.book.best() is trial and before is not trial:
             self.display.note(f"trial {trial.name}: {goal.metric} {number(value)} at step {trial.step}, the best of "
@@ -160,6 +169,8 @@ class OrderedSearcher(Searcher):  # type: ignore[misc]
         if self.limit is not None and len(state.live) >= self.limit:
             return None
         trial = state.next()
+        if trial == "later":
+            return None
         if trial is None:
             return None if state.live and state.retries else str(Searcher.FINISHED)
         state.live[trial_id] = trial
@@ -171,6 +182,8 @@ class OrderedSearcher(Searcher):  # type: ignore[misc]
         if error or trial_id not in self.state.live:
             return
         trial = self.state.live.pop(trial_id)
+        if isinstance(self.state.problem, AppliedDiffers):  # a defect ends the sweep, and no trial of it is at fault
+            return
         finished = (result or {}).get(FINISHED)
         if trial.error is not None and finished != "not_finite":
             self.state.fail(trial, trial.error)
@@ -218,10 +231,14 @@ class Proposals(SearchAlgorithm):  # type: ignore[misc]
 
 
 class Watch(Callback):  # type: ignore[misc]
-    """Tune's side of the reports."""
+    """Tune's side of the reports, and of silence."""
 
-    def __init__(self, state: SweepState) -> None:
-        self.state = state
+    def __init__(self, state: SweepState, beats: Beats) -> None:
+        self.state, self.beats = state, beats
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune's loop goes round."""
+        self.beats.look(trials)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -236,7 +253,7 @@ class Watch(Callback):  # type: ignore[misc]
         """Its process died, or Tune failed with it."""
         record = self.state.live.pop(trial.trial_id, None)
         if record is not None:
-            self.state.fail(record, death(trial))
+            self.state.fail(record, self.beats.causes.pop(trial.trial_id, "") or death(trial))
 
 
 def death(trial: Any) -> str:

@@ -1,8 +1,9 @@
 """Who proposes the values of a sweep's trials: a grid, chance, or Optuna. No ray, no torch.
 
 Trial i of a grid or of chance is a function of the space, the seed and i alone: it does not matter which trial ends
-first. Optuna learns from what it is told; with one trial at a time the same seed gives the same trials, and a resume
-asks and tells it again in the order of the journal.
+first. Optuna learns from what it is told: trial i is proposed once all trials up to i - lag have ended, and from these
+alone, told in the order of their numbers; so the same seed and lag (trials at the same time) give the same trials as
+long as scores repeat themselves, whoever ends first. A resume asks and tells it again in the order of the journal.
 """
 
 from __future__ import annotations
@@ -26,9 +27,15 @@ STARTUP_TRIALS = 10  # of Optuna's TPE, which are random
 
 
 class Sampler(Protocol):
-    """Proposes trials in order, and hears how they went."""
+    """Proposes trials in order, and hears how they went.
+
+    Attributes:
+        num_trials: how many there are; None: any number.
+        lag: trial i may be proposed once all up to i - lag have ended; None: at any time.
+    """
 
     num_trials: int | None
+    lag: int | None
 
     def propose(self, index: int) -> Values:
         """The values of trial `index` by path; called once for each, in order."""
@@ -72,6 +79,7 @@ class GridSampler:
 
     def __init__(self, space: Space, num_trials: int | None) -> None:
         self.space = space
+        self.lag: int | None = None
         size = math.prod(len(dimension.values) for dimension in space)
         self.num_trials: int | None = size if num_trials is None else min(size, num_trials)
 
@@ -93,6 +101,7 @@ class RandomSampler:
 
     def __init__(self, space: Space, seed: int, num_trials: int | None) -> None:
         self.space, self.seed, self.num_trials = space, seed, num_trials
+        self.lag: int | None = None
 
     def propose(self, index: int) -> Values:
         """Drawn for `index`."""
@@ -121,9 +130,15 @@ class OptunaSampler:
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
         self.study = optuna.create_study(directions=directions, sampler=sampler)
         self.asked: dict[int, Any] = {}
+        self.lag: int | None = 1
+        self.told: dict[int, Sequence[float] | None] = {}
+        self.num_learned = 0
 
     def propose(self, index: int) -> Values:
-        """Asked of the study."""
+        """Asked of the study, which learns first from those that this one may know."""
+        while self.num_learned <= index - (self.lag or 0) and self.num_learned in self.told:
+            self._learn(self.num_learned, self.told.pop(self.num_learned))
+            self.num_learned += 1
         trial = self.study.ask(self.distributions)
         self.asked[index] = trial
         return {path: self._value(path, value) for path, value in trial.params.items()}
@@ -132,7 +147,11 @@ class OptunaSampler:
         return self.choices[path][value] if path in self.choices else value
 
     def tell(self, index: int, scores: Sequence[float] | None) -> None:
-        """The study hears of it; NaN is the worst there is."""
+        """The study hears of it when its turn comes."""
+        self.told[index] = scores
+
+    def _learn(self, index: int, scores: Sequence[float] | None) -> None:
+        """NaN is the worst there is."""
         import optuna
 
         if scores is None:
@@ -146,7 +165,7 @@ class OptunaSampler:
         """Ask again: the same study answers the same; where it does not, the values that were used are what counts."""
         if self.propose(index) == dict(values):
             return
-        self.tell(index, None)
+        self._learn(index, None)
         params = {path: self.choices[path].index(value) if path in self.choices else value
                   for path, value in values.items()}  # fmt: skip
         self.study.enqueue_trial(params)

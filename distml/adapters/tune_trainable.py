@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, ClassVar
 from ray.tune import PlacementGroupFactory, Trainable
 from ray.tune.result import DONE
 
+from distml.adapters.tune_beats import Doing, Pulse
 from distml.errors import DistmlError, UsageError
 from distml.population.applied import asked, equal
 from distml.population.member import Member, MemberError, Stand
@@ -138,6 +140,8 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
         self.divergences = 0
         home = self.sources.install()
         self.local = replace(self.base, directory=home) if self.sources.files else self.base
+        self.stepping_since: float | None = None
+        self.pulse = None if self.home is None else Pulse(Path(self.home), self.base.job, self._doing)
         self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -150,20 +154,37 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
         self._end_member()
         self.values = dict(config)
         self.progress = 0
+        self.reported: tuple[str, ...] = ()
         self.start: Checkpoint | None = None
 
     def step(self) -> dict[str, Any]:
         """Train until the next result is due."""
+        self.stepping_since = time.monotonic()
+        if self.pulse is not None:
+            self.pulse.beat()
+        try:
+            return self._step()
+        finally:
+            self.stepping_since = None
+
+    def _doing(self) -> Doing:
+        """For the driver, asked from another thread."""
+        member, since, name = self.member, self.stepping_since, str(self.trial_id)
+        if since is None:
+            return name, "idle", 0.0
+        if member is None or member.step is None:
+            return name, "start", time.monotonic() - since
+        return (name, *member.activity)
+
+    def _step(self) -> dict[str, Any]:
         try:
             fresh, member = self._built()
             now = self.progress + self.every
             stand = member.advance(now - now % self.every)
         except (DistmlError, MemberError, AppliedDiffers) as error:
             self._end_member()
-            if self.home is None and isinstance(error, MemberError) and error.kind != "not_finite":
-                raise RuntimeError(str(error)) from None  # Tune copies errors and their causes
-            if self.home is None and not isinstance(error, MemberError):
-                raise
+            if self.home is None and (getattr(error, "kind", "") != "not_finite" or not self.reported):
+                raise  # of a trial that diverges before its first result nobody knows its metrics: it alone fails
             return self._failed(error)
         self.progress = stand.step
         return self._result(stand, fresh)
@@ -191,6 +212,7 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
         metrics = {name: float(value) for name, value in stand.metrics.items() if value is not None}
         result: dict[str, Any] = {STEP: stand.step, DONE: stand.finished is not None}
         if self.home is None:
+            self.reported = tuple(name for name in metrics if name.startswith("eval/"))
             return {**result, **metrics}
         if stand.finished is not None:
             self._keep_weights()
@@ -200,7 +222,8 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
     def _failed(self, error: Exception) -> dict[str, Any]:
         """A trial that has diverged is the worst there is; one that has failed may be tried again."""
         diverged, step = getattr(error, "kind", "") == "not_finite", getattr(error, "step", None) or self.progress
-        none = {goal.metric: math.nan for goal in self.goals} if diverged else {}
+        names = self.reported if self.home is None else tuple(goal.metric for goal in self.goals)
+        none = dict.fromkeys(names, math.nan) if diverged else {}
         if self.home is None:
             return {STEP: step, DONE: True, **none}
         self.divergences += diverged
@@ -238,6 +261,8 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         """The process ends."""
+        if self.pulse is not None:
+            self.pulse.close()
         self._end_member()
 
     def _end_member(self) -> None:

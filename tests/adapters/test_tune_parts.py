@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
+from own.on_ray import Notes
 from own.sweeps import loaded, sweep_file
 
-from distml.adapters.tune_book import TrialBook, dominates
+from distml.adapters.tune_book import TrialBook, TrialRecord
+from distml.adapters.tune_hooks import SweepState
 from distml.adapters.tune_samplers import RandomSampler, build_sampler
+from distml.adapters.tune_trainable import Detail
 from distml.errors import UsageError
 from distml.runs.directory import RunDirectory
 from distml.spec.loader import load_spec
@@ -94,6 +98,42 @@ def test_optuna_that_is_asked_and_told_again_goes_on_as_it_would_have(tmp_path):
     assert other.asked[0].params == {"optimizer.lr": 0.5, "batch_size": 7, "optimizer.name": 1}
 
 
+def run_of(folder, seed, lag=3, slots=3):
+    """What is proposed where `slots` trials are under way, which end in an order of chance."""
+    book, sampler, live = (
+        book_of(folder, sampler="optuna", trials=20),
+        sampler_of(folder, sampler="optuna", trials=20),
+        [],
+    )
+    sampler.lag = lag
+    state, chance = SweepState(book, sampler, Notes(), 0, lambda: None), random.Random(seed)
+    while True:
+        trial = state.next() if len(live) < slots else "later"
+        if isinstance(trial, TrialRecord):
+            live.append(trial)
+        elif live:
+            ended = live.pop(chance.randrange(len(live)))
+            state.report(
+                ended, Detail(9, 1.0, {"eval/loss": ended.values["optimizer.lr"]}, [], ended.values, fresh=True)
+            )
+            state.end(ended, "finished")
+        else:
+            book.close()
+            return [trial.values for trial in book.trials.values()]
+
+
+def test_what_optuna_proposes_does_not_depend_on_who_ends_first(tmp_path):
+    pytest.importorskip("optuna")
+    found = []
+    for seed, lag in ((1, 3), (2, 3), (2, 1)):
+        folder = tmp_path / f"{seed}-{lag}"
+        folder.mkdir()
+        found.append(run_of(folder, seed, lag))
+    assert [len(one) for one in found] == [20, 20, 20]
+    assert found[0] == found[1]
+    assert found[1] != found[2]  # which knows all but itself
+
+
 def test_optuna_that_is_missing_is_said_with_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'distml\[optuna\]'"):
@@ -113,7 +153,9 @@ def finish(book, index, event="finished", **metrics):
 def test_nan_is_the_worst_and_a_trial_that_was_stopped_is_not_compared_with_whole_ones(tmp_path):
     book = book_of(tmp_path)
     finish(book, 0, loss=math.nan)
-    assert book.best().index == 0
+    assert book.best() is None
+    finish(book, 4, event="stopped", loss=0.9)
+    assert book.best().index == 4  # a trial that has diverged hides no finite one
     finish(book, 1, loss=0.5)
     finish(book, 2, loss=0.7)
     finish(book, 3, event="stopped", loss=0.1)
@@ -122,14 +164,27 @@ def test_nan_is_the_worst_and_a_trial_that_was_stopped_is_not_compared_with_whol
     assert json.loads((book.folder(2) / "result.json").read_text())["checkpoint"] is None
 
 
+def test_a_trial_that_has_diverged_is_not_done_and_says_why(tmp_path):
+    book = book_of(tmp_path)
+    trial = book.propose(0, {"optimizer.lr": 0.1})
+    book.prepare(trial)
+    book.report(trial, 3, 1.0, {"eval/loss": math.nan}, [])
+    book.end(trial, "finished", "the loss is nan")
+    assert trial.has_diverged
+    assert not finish(book, 1, loss=0.5).has_diverged
+    record = json.loads((book.folder(0) / "result.json").read_text())
+    assert (record["status"], record["error"]["message"]) == ("failed", "the loss is nan")
+    again = book_of(tmp_path)
+    again.recall(sampler_of(tmp_path))
+    assert again.trials[0].has_diverged
+
+
 def test_the_pareto_set_is_what_nobody_dominates_and_tie_break_chooses_from_it(tmp_path):
     book = book_of(tmp_path, objective=[LOSS, COST], tie_break=COST)
     for index, (loss, cost) in enumerate([(0.1, 1.0), (0.2, 2.0), (0.3, 1.5), (0.4, 3.0), (math.nan, 2.0)]):
         finish(book, index, loss=loss, cost=cost)
     assert [trial.index for trial in book.front()] == [0, 1, 3]
     assert book.best().index == 3
-    assert dominates([1.0, 2.0], [1.0, 1.0])
-    assert not dominates([1.0, 1.0], [1.0, 1.0])
 
 
 def test_a_resume_knows_what_ended_what_did_not_and_what_comes_next(tmp_path):
@@ -138,6 +193,7 @@ def test_a_resume_knows_what_ended_what_did_not_and_what_comes_next(tmp_path):
     book.prepare(book.propose(1, sampler.propose(1)))
     retried = book.propose(2, sampler.propose(2))
     book.retry(retried, "once")
+    assert book.last_error == "once"
     finish(book, 3, loss=0.4)
     book.close()
     with (tmp_path / "run" / "trials.jsonl").open("a") as file:
@@ -152,6 +208,7 @@ def test_a_resume_knows_what_ended_what_did_not_and_what_comes_next(tmp_path):
     }
     assert [trial.index for trial in again.unfinished()] == [1, 2]
     assert again.trials[2].failures == 1
+    assert again.last_error == "once"
     assert again.best().index == 3
     assert again.earlier_s > 0
 

@@ -50,7 +50,9 @@ def test_every_trial_leaves_its_folder_failures_are_retried_and_listed_and_the_r
     assert [row["trial"] for row in events(out) if row["event"] == "retried"] == ["0001", "0002"]
     assert (result.status, result.best["trial"], result.step) == ("done", "0000", 9)
     assert any("trial 0001 failed: " in line and "broken by its argument" in line for line in notes.lines[-4:])
-    for name, status in (("0000", "done"), ("0001", "failed"), ("0002", "done")):
+    assert any("4 trials: 2 finished, 0 stopped early, 1 diverged, 1 failed" in line for line in notes.lines)
+    assert any("trial 0003 diverged: " in line and "loss is nan" in line for line in notes.lines[-4:])
+    for name, status in (("0000", "done"), ("0001", "failed"), ("0002", "done"), ("0003", "failed")):
         record = json.loads((out / "trials" / name / "result.json").read_text())
         assert record["status"] == status
     assert (out / "trials" / "0003" / "metrics.jsonl").exists()
@@ -90,6 +92,18 @@ def test_asha_ends_the_worse_ones_early_and_a_lost_process_costs_a_retry(sweep, 
     assert stopped
     assert all(row["step"] < 9 for row in stopped)
     assert {trial for trial, end in ends(out).items() if end == "finished"} <= {"0000", "0001", "0002"}
+
+
+@pytest.mark.slow
+def test_trials_that_hang_are_ended_and_run_again(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr("distml.adapters.tune_beats.patience_s", lambda base: 6.0)
+    spec, notes = modes(tmp_path, "blocked-once", "stopped-once"), Notes()
+    result = sweep(notes, limits={"heartbeat_s": 0.2, "lost_after_s": 4}, **spec)
+    assert ends(tmp_path / "run") == {"0000": "finished", "0001": "finished"}
+    assert result.status == "done"
+    retried = {row["trial"]: row["error"] for row in events(tmp_path / "run") if row["event"] == "retried"}
+    assert "it has not moved in loss for " in retried["0000"]
+    assert "it gave no answer for 4 s (stopped or cut off) and was ended" in retried["0001"]
 
 
 def test_an_objective_that_is_not_reported_is_said_at_the_first_report(sweep, tmp_path):

@@ -100,9 +100,16 @@ def test_a_choice_in_short_form_is_trained_as_what_it_resolves_to(make):
 
 
 def test_nan_ends_a_trial_and_is_the_worst_there_is(make):
-    trial = make(task={"name": "tuned:Tuned", "args": {"mode": "nan"}})({"optimizer.lr": 0.05})
-    assert trial.train()["done"]
-    trial.stop()
+    unknown = make(task={"name": "tuned:Tuned", "args": {"mode": "nan"}})({"optimizer.lr": 0.05})
+    with pytest.raises(module.MemberError, match="loss is nan"):  # whose metrics nobody knows: it alone fails
+        unknown.train()
+    trial = make(task={"name": "tuned:Tuned", "args": {"mode": "nan-later"}})({"optimizer.lr": 0.05})
+    assert not trial.train()["done"]
+    result = trial.train()
+    assert result["done"]
+    assert math.isnan(result["eval/loss"])  # without it, Tune ends all trials for want of the metric
+    for one in (unknown, trial):
+        one.stop()
     assert module.ordered({"eval/loss": math.nan}, LOSS) > module.ordered({"eval/loss": 1e9}, LOSS)
     most = BestSpec(metric="eval/loss", mode="max")
     assert module.ordered({}, most) < module.ordered({"eval/loss": -1e9}, most)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ class Tuned(distml.Task):
     """Loss (w - 1)² from w = 0; evaluation reports it as `loss`, and `cost`, the argument.
 
     Args:
-        mode: good; broken: its loss raises; broken-once, dies-once: in the first trial only, in this or its process's
-            way; nan.
+        mode: good; broken: its loss raises; nan; nan-later: from step 4 on. In the first trial only: broken-once;
+            dies-once, stopped-once: its process does, or is; blocked-once: its loss sleeps.
         folder: where it is noted what has happened.
     """
 
@@ -37,7 +38,12 @@ class Tuned(distml.Task):
             raise RuntimeError("broken by its argument")
         if self.mode == "dies-once" and self._is_first():
             os.kill(os.getpid(), signal.SIGKILL)
-        error = model(batch[0]) - (float("nan") if self.mode == "nan" else 1.0)
+        if self.mode == "blocked-once" and self._is_first():
+            time.sleep(1e6)
+        if self.mode == "stopped-once" and self._is_first():
+            os.kill(os.getpid(), signal.SIGSTOP)
+        is_nan = self.mode == "nan" or (self.mode == "nan-later" and progress.version >= 4)
+        error = model(batch[0]) - (float("nan") if is_nan else 1.0)
         return distml.Loss(error.square().sum(), len(batch[0]))
 
     def _is_first(self) -> bool:
