@@ -104,6 +104,15 @@ class MemberFolder:
             checkpoint=f"checkpoints/{folder_name(steps[-1])}" if steps else None,
         )  # fmt: skip
 
+    def prune(self, step: int) -> None:
+        """Nobody needs more than what is to stay, up to `step`, any more.
+
+        Raises:
+            CheckpointFailed: one could not be removed.
+        """
+        if self.job.checkpoint.keep < self.store.keep:
+            self.store.prune(step, self.job.checkpoint.keep)
+
     def close(self) -> None:
         """Close the files; checkpoints in line are written."""
         self.directory.metrics.close()

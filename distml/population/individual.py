@@ -37,7 +37,7 @@ class Record:
     Attributes:
         held: its state and values then.
         score: as it was measured before the decision.
-        decisions: so far; `events`: of it in the lineage; `losses`: so far.
+        decisions: so far; `events`: of it in the lineage; `losses` and `copies`: so far.
         seconds: of training.
         reason: why its own run is over, or None.
         error: why it was given up, or None.
@@ -48,6 +48,7 @@ class Record:
     decisions: int = 0
     events: int = 0
     losses: int = 0
+    copies: int = 0
     seconds: float = 0.0
     reason: str | None = None
     error: str | None = None
@@ -86,7 +87,7 @@ class Individual:
         phase: "parked": in no slot; "idle": in a slot, with nothing to do; "lost": gone, and to be replaced; "over".
         order: to be carried out next.
         losses_in_a_row: without a decision in between.
-        cause: of its last loss.
+        cause: of its last loss; `died`: whether that was its process's death, and not its own doing.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Individual:
     metrics: Mapping[str, float] = field(default_factory=dict)
     reason: str | None = None
     cause: str | None = None
+    died: bool = False
 
     @property
     def score(self) -> float | None:
@@ -128,5 +130,5 @@ class Individual:
     def settle(self, held: Held, error: str | None = None) -> None:
         """A decision about it has been carried out."""
         self.own = held
-        self.record = Record(held, self.score, self.decisions, self.events, self.losses, self.seconds, self.reason,
-                             error)  # fmt: skip
+        self.record = Record(held, self.score, self.decisions, self.events, self.losses, self.copies, self.seconds,
+                             self.reason, error)  # fmt: skip

@@ -266,8 +266,9 @@ class PopulationRun:
         self.folders[one.name].append(answer.rows)
         one.phase, one.losses_in_a_row = "idle", 0
         one.seconds, one.metrics, one.reason = answer.seconds, answer.metrics, answer.finished
-        for name in (self.metric, self.goal.metric if self.goal is not None else self.metric):
-            check_reported(name, answer.metrics)
+        check_reported("objective.metric", self.metric, answer.metrics)
+        if self.goal is not None:
+            check_reported("stop.goal.metric", self.goal.metric, answer.metrics)
         one.own = Held(answer.step, one.own.values, answer.state, answer.metrics[self.metric], answer.metrics)
         one.measured = one.own
         if not self.job.synchronous:
@@ -278,7 +279,7 @@ class PopulationRun:
         self.last_cause = f"member {one.name}, {answer.phase}: {answer.cause}"
         if answer.kind == "failed" and not answer.step and not self.total_steps:
             raise UsageError(self.last_cause)
-        one.phase, one.order, one.cause = "lost", None, answer.cause
+        one.phase, one.order, one.cause, one.died = "lost", None, answer.cause, answer.kind == "died"
         one.losses, one.losses_in_a_row = one.losses + 1, one.losses_in_a_row + 1
         if before == "copying" and order is not None and order.source is not None:
             self._check_donor(self.members[order.source[0]])
@@ -375,17 +376,29 @@ class PopulationRun:
         return {name: one.measured.score if one.measured is not None else None for name, one in self.members.items()}
 
     def _replace(self, one: Individual) -> None:
-        """A lost member goes on as a clone of a good one; if nobody is good, from where it was, with other values."""
+        """A lost member goes on as a clone of a good one; if nobody is good, from where it was, with other values.
+
+        One whose process died, and which is better than that good one, goes on as it was: its values are not to blame.
+        """
         generator = random.Random(f"{self.job.seed}/replace/{one.name}/{one.losses}")
         donor = successor(self.job.exploit, one.name, self._scores(), self.mode, generator)
         one.phase = "parked"
+        values, own = one.own.values, one.own
+        survives = (
+            one.died and own.state is not None and math.isfinite(own.score if own.score is not None else math.nan)
+        )
+        if donor is not None and survives and not self._is_better(donor, own):
+            one.order = Order("replace", values, None, None, one.cause)
+            return
         if donor is not None:
             one.order = self._copy_of(one, donor, "replace", generator, one.cause)
             return
-        values = one.own.values
         if not isinstance(self.job.exploit, NoExploitSpec):
             values = self._explored(one, values, generator)
         one.order = Order("replace", values, None, None, one.cause)
+
+    def _is_better(self, donor: str, own: Held) -> bool:
+        return goodness(self._scores()[donor], self.mode) > goodness(own.score, self.mode)
 
     def _carried_out(self, one: Individual, applied: Mapping[str, Any], seconds: float, state: Any) -> None:
         """An order was carried out: check, record, and go on from there."""
@@ -481,11 +494,8 @@ class PopulationRun:
                 continue
             self._rescue(one)
             if one.own.step < before:
-                one.cause, one.reason, one.losses = (
-                    "its state was lost with the process that kept it",
-                    None,
-                    one.losses + 1,
-                )
+                one.cause, one.reason, one.died = "its state was lost with the process that kept it", None, True
+                one.losses += 1
                 self._replace(one)
 
     def _from_disk(self, one: Individual) -> Record:
@@ -493,15 +503,15 @@ class PopulationRun:
         self.saver.wait()
         checkpoint = self.folders[one.name].store.newest_good(self.display.note)
         if checkpoint is None or RECORD not in checkpoint.state:
-            return Record(Held(0, one.own.values, None), None, one.decisions, one.events, one.losses)
+            return Record(Held(0, one.own.values, None), None, one.decisions, one.events, one.losses, one.copies)
         found = record_of(checkpoint.state[RECORD], self.host.put(cut_of(checkpoint)))
-        return replace(found, events=one.events, losses=one.losses)
+        return replace(found, events=one.events, losses=one.losses, copies=one.copies)
 
     def _give_up(self, one: Individual) -> None:
         self.display.note(f"member {one.name} is given up: {one.cause}")
         self._event(one, "finish", reason="given up", cause=one.cause)
         one.phase, one.measured = "over", None
-        one.record = replace(one.record, events=one.events, losses=one.losses, error=one.cause)
+        one.record = replace(one.record, events=one.events, losses=one.losses, copies=one.copies, error=one.cause)
         self.whole[one.name] = self.durable[one.name] = one.record
 
     def _new(self, name: str) -> Individual:
@@ -530,6 +540,7 @@ class PopulationRun:
             record = one.record
             one.own = record.held
             one.decisions, one.events, one.losses = record.decisions, record.events, record.losses
+            one.copies = record.copies
             one.seconds, one.reason = record.seconds, record.reason
             one.measured = record.held if record.held.score is not None else None
             if record.reason is not None or record.error is not None:
@@ -658,8 +669,11 @@ class PopulationRun:
         close_all(*closes, *(folder.close for folder in self.folders.values()), self.lineage.close)
 
 
-def check_reported(metric: str, metrics: Mapping[str, float]) -> None:
+def check_reported(key: str, metric: str, metrics: Mapping[str, float]) -> None:
     """Whether the first report already has what is watched.
+
+    Args:
+        key: of the spec, which names it.
 
     Raises:
         UsageError: it has not.
@@ -668,7 +682,7 @@ def check_reported(metric: str, metrics: Mapping[str, float]) -> None:
         known = sorted(name for name in metrics if name.startswith("eval/"))
         close = near(metric, known)
         hint = f"; did you mean {close!r}?" if close else ""
-        raise UsageError(f"objective: the base does not report {metric!r}; it reports {', '.join(known)}{hint}")
+        raise UsageError(f"{key}: the base does not report {metric!r}; it reports {', '.join(known)}{hint}")
 
 
 def make_host(context: OverContext, job: PopulationSpec, injections: Mapping[str, tuple[str, ...]]) -> Host:

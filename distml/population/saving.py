@@ -115,6 +115,8 @@ class Saver:
             self.lost |= lost
             return
         write_atomically(self.path, strict_json(finite(to_json(snapshot, self.metric)), FILE))
+        for name, step in self.saved.items():
+            self.folders[name].prune(step)
 
     def _commit_best(self, best: Best) -> None:
         assert best.held.score is not None
@@ -156,7 +158,8 @@ def record_to_json(record: Record) -> dict[str, Any]:
     return {
         "step": record.held.step, "values": dict(record.held.values), "checkpoint": record.held.state is not None,
         "score": record.score, "own_score": record.held.score, "decisions": record.decisions,
-        "events": record.events, "losses": record.losses, "seconds": record.seconds,
+        "events": record.events, "losses": record.losses, "copies": record.copies,
+        "seconds": record.seconds,
         "reason": record.reason, "error": record.error,
     }  # fmt: skip
 
@@ -167,8 +170,8 @@ def record_of(values: Mapping[str, Any], state: Handle | None) -> Record:
     score = values["score"]
     if score is None and values["decisions"]:
         score = math.nan
-    return Record(held, score, values["decisions"], values["events"], values["losses"], values["seconds"],
-                  values["reason"], values["error"])  # fmt: skip
+    return Record(held, score, values["decisions"], values["events"], values["losses"], values["copies"],
+                  values["seconds"], values["reason"], values["error"])  # fmt: skip
 
 
 def read_population(directory: Path) -> dict[str, Any]:

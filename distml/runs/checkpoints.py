@@ -378,6 +378,18 @@ class CheckpointStore:
     ) -> None:
         self.close()
 
+    def prune(self, step: int, keep: int) -> None:
+        """Keep the newest `keep` up to a committed step, and the best: fewer than a write leaves.
+
+        Raises:
+            CheckpointFailed: one could not be removed.
+        """
+        try:
+            with self._lock:
+                self._prune(step, keep)
+        except OSError as error:
+            raise CheckpointFailed(step, "is there, but tidying up failed", error) from error
+
     # -- best
     def mark_best(self, step: int, metric: str, value: float) -> None:
         """Name the best checkpoint so far. It takes effect, durably, together with the commit of that step.
@@ -470,7 +482,7 @@ class CheckpointStore:
         try:
             with self._lock:
                 self._settle_marks()
-                self._prune(checkpoint.step)
+                self._prune(checkpoint.step, self.keep)
         except OSError as error:
             raise CheckpointFailed(checkpoint.step, "is there, but tidying up failed", error) from error
 
@@ -509,7 +521,7 @@ class CheckpointStore:
                 self._write_best(self._marks[step])
                 self._marks = {other: best for other, best in self._marks.items() if other > step}
 
-    def _prune(self, written: int) -> None:
+    def _prune(self, written: int, keep: int) -> None:
         """Keep the newest `keep` up to the one just written, and the best.
 
         Later ones exist when the run went back to an older checkpoint. Damaged ones among them are why, and must not
@@ -517,7 +529,7 @@ class CheckpointStore:
         """
         best = self._read_best()
         steps = self.steps()
-        spared = {*[step for step in steps if step <= written][-self.keep :], *self._marks}
+        spared = {*[step for step in steps if step <= written][-keep:], *self._marks}
         if best is not None:
             spared.add(best.step)
         for step in steps:

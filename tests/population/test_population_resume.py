@@ -190,8 +190,11 @@ def test_a_changed_stop_lets_a_finished_population_go_on(tmp_path: Path) -> None
     out = tmp_path / "run"
     spec = toy(**SIX, stop={"steps": 48})
     run_with(spec, out)
-    _, result = run_with({**spec, "stop": {"steps": 96}}, out, resume=True)
+    run, result = run_with({**spec, "stop": {"steps": 96}}, out, resume=True)
     assert result.step == 96
+    copies = [[event["event"] for event in events].count("copy") for events in per_member(lineage(out)).values()]
+    assert [one.copies for one in run.members.values()] == copies
+    assert any(copies)
     run_with({**spec, "stop": {"steps": 96}}, tmp_path / "whole")
     same_end(out, tmp_path / "whole")
 

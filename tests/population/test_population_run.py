@@ -19,6 +19,7 @@ from own.populations import Kept, lineage, per_member, run_with, toy
 from distml.errors import RunError, UsageError
 from distml.launch.run import EXIT_CODES
 from distml.population.host import Advanced, Answer
+from distml.population.saving import Saver
 from distml.runs.checkpoints import CheckpointStore
 from distml.spec.loader import load_spec
 
@@ -58,6 +59,14 @@ class Watching(PlainHost):
             if isinstance(answer, Advanced):
                 self.steps.append({**self.steps[-1], answer.member: answer.step})
         return answers
+
+
+class Rating(PlainHost):
+    """Scores that make members copy, whatever their values; one member is lost."""
+
+    def wait(self, timeout_s: float) -> list[Answer]:
+        return [replace(a, metrics={**a.metrics, "eval/quality": float(a.member)}) if isinstance(a, Advanced) else a
+                for a in super().wait(timeout_s)]  # fmt: skip
 
 
 END = 24
@@ -179,6 +188,19 @@ def test_a_lost_member_before_anybody_is_good_goes_on_with_other_values(tmp_path
     assert (first["event"], second["event"]) == ("start", "replace")
     assert second["from"] is None
     assert second["before"] == first["values"] != second["values"]
+
+
+@pytest.mark.parametrize(
+    ("member", "kind", "clone"), [("05", "died", False), ("05", "not_finite", True), ("00", "died", True)]
+)
+def test_the_best_whose_process_died_is_not_replaced_by_a_worse_one(
+    member: str, kind: str, clone: bool, tmp_path: Path
+) -> None:
+    host = Rating(6, gone=once(member, 16, kind))
+    run_with(toy(**KEPT), tmp_path / "run", host)
+    (event,) = [event for event in per_member(lineage(tmp_path / "run"))[member] if event["event"] == "replace"]
+    assert (event["from"] is not None) is clone
+    assert (event["before"] != event["values"]) is clone
 
 
 def test_without_exploit_a_lost_member_goes_on_by_itself(tmp_path: Path) -> None:
@@ -353,14 +375,6 @@ TOGETHER = {"base__batch_size": 64, "explore": "resample", "space": {
     "batch_size": {"choice": [16, 32, 64, 128]}, "micro_batch_size": {"choice": [8, 16, 32]}}}  # fmt: skip
 
 
-class Rating(PlainHost):
-    """Scores that make members copy, whatever their values; one member is lost."""
-
-    def wait(self, timeout_s: float) -> list[Answer]:
-        return [replace(a, metrics={**a.metrics, "eval/quality": float(a.member)}) if isinstance(a, Advanced) else a
-                for a in super().wait(timeout_s)]  # fmt: skip
-
-
 @pytest.mark.parametrize("changes", [{}, {"exploit": "none", "synchronous": False}], ids=["copies", "explores"])
 def test_values_that_the_base_does_not_take_together_are_drawn_again(changes: dict[str, Any], tmp_path: Path) -> None:
     host = Rating(6, gone=once("02", 0, "not_finite"))
@@ -380,8 +394,11 @@ def test_a_space_of_which_the_base_takes_nothing_is_refused(tmp_path: Path) -> N
 
 
 def test_an_objective_that_is_not_reported(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"'eval/qualitty'; it reports eval/quality; did you mean 'eval/quality'\?"):
+    says = "the base does not report 'eval/qualitty'; it reports eval/quality; did you mean 'eval/quality'"
+    with pytest.raises(UsageError, match=f"objective.metric: {says}"):
         run_with(toy(objective__metric="eval/qualitty"), tmp_path / "run")
+    with pytest.raises(UsageError, match=f"stop.goal.metric: {says}"):
+        run_with(toy(stop__goal={"metric": "eval/qualitty", "at_least": 1.0}), tmp_path / "goal")
 
 
 def test_values_that_do_not_arrive_are_a_defect(tmp_path: Path) -> None:
@@ -396,6 +413,14 @@ def test_stop_steps_are_of_all_together(synchronous: bool, tmp_path: Path) -> No
     _, result = run_with(toy(**SIX, synchronous=synchronous, stop__steps=100), tmp_path / "run")
     assert result.status == "done"
     assert result.step == (120 if synchronous else 100)  # whole rounds of 24
+
+
+def test_one_checkpoint_stays_and_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Saver, "put", lambda self, snapshot, important=False: self.write(snapshot))  # leave none out
+    run, _ = run_with(toy(**KEPT | {"checkpoint": {"keep": 1}}), tmp_path / "run")
+    for folder in run.folders.values():
+        best = folder.store.best("eval/quality")
+        assert set(folder.store.steps()) == {END} | ({best[0]} if best is not None else set())
 
 
 def test_stop_seconds(tmp_path: Path) -> None:
