@@ -237,6 +237,8 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
     # ---------------------------------------------------------------------------------------------------- checkpoints
     def save_checkpoint(self, checkpoint_dir: str) -> str:
         """The whole state, for a pause or for another trial."""
+        if self.member is None and self.start is None:  # it has diverged: there is nothing that one could go on from
+            return checkpoint_dir
         with CheckpointStore(Path(checkpoint_dir), 1) as store:
             store.write(self._checkpoint())
         return checkpoint_dir

@@ -99,7 +99,7 @@ def test_a_choice_in_short_form_is_trained_as_what_it_resolves_to(make):
         one.stop()
 
 
-def test_nan_ends_a_trial_and_is_the_worst_there_is(make):
+def test_nan_ends_a_trial_and_is_the_worst_there_is(make, tmp_path):
     unknown = make(task={"name": "tuned:Tuned", "args": {"mode": "nan"}})({"optimizer.lr": 0.05})
     with pytest.raises(module.MemberError, match="loss is nan"):  # whose metrics nobody knows: it alone fails
         unknown.train()
@@ -108,6 +108,7 @@ def test_nan_ends_a_trial_and_is_the_worst_there_is(make):
     result = trial.train()
     assert result["done"]
     assert math.isnan(result["eval/loss"])  # without it, Tune ends all trials for want of the metric
+    trial.save(str(tmp_path / "state"))  # Tune asks for it at the end
     for one in (unknown, trial):
         one.stop()
     assert module.ordered({"eval/loss": math.nan}, LOSS) > module.ordered({"eval/loss": 1e9}, LOSS)
