@@ -28,8 +28,7 @@ from distml.exchange.layout import Array, Layout
 from distml.population.alone import Alone
 from distml.population.grouped import Grouped
 from distml.population.transfer import copied
-from distml.runs.parts import MODEL
-from distml.runtime.cut import Cut, named_tensors
+from distml.runtime.cut import Cut
 from distml.runtime.group import Lost, WorkerGroup
 from distml.runtime.merge import ReportMerger
 from distml.spec.language_rules import task_tokens
@@ -256,11 +255,6 @@ class Member:
     def evaluate(self, split: str) -> dict[str, float]:
         """The task's evaluation of a split with the weights of now, as `eval/NAME` or `test/NAME`."""
         return self.training.evaluate(split)
-
-    def model_arrays(self) -> dict[str, Array]:
-        """Copies of all the model's tensors under their names."""
-        named = named_tensors(self.state(), self.training.layout, self.training.frozen())
-        return named[MODEL]
 
     @property
     def step(self) -> int | None:

@@ -2,7 +2,8 @@
 
     host ── start, advance, copy, release ──▶ slot      one after the other, each answered by one `Answer`
     host ── ping, give ─────────────────────▶ slot      own threads: answered while a member trains
-    slot ── give ───────────────────────────▶ slot      a copy fetches the donor's state through the object store
+    slot ── give ───────────────────────────▶ slot      a copy fetches the donor's state: on one host from its
+                                              memory (`kept.py`), else, and small ones, through the object store
 
 A state that is kept stays in this process as it is. Only when somebody asks for it is it put into the object store, by
 a thread of its own, so that a copy never waits for the donor's interval. A member that is told to take a state whose

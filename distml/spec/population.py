@@ -55,7 +55,10 @@ ExploreSpec = Annotated[PerturbSpec | ResampleSpec | NoExploreSpec, Field(discri
 
 
 class PopulationStopSpec(Block):
-    """When the whole population ends: the first that is reached; else when every member's own `base.stop` is."""
+    """When the whole population ends: the first that is reached; else when every member's own `base.stop` is.
+
+    At `steps` intervals that have begun still end, so that it may be some steps more; at `seconds` and `goal` none do.
+    """
 
     steps: Count | None = Field(None, description="of all members together")
     seconds: Positive | None = Field(None, description="since the start, counted over resumes")

@@ -162,7 +162,10 @@ def once(member: str, step: int, kind: str, out: Path | None = None) -> Any:
 
 
 @pytest.mark.parametrize("synchronous", [True, False])
-@pytest.mark.parametrize(("kind", "loses"), [("died", True), ("died", False), ("failed", False), ("not_finite", False)])
+@pytest.mark.parametrize(("kind", "loses"), [
+    ("died", True), pytest.param("died", False, marks=pytest.mark.slow),
+    pytest.param("failed", False, marks=pytest.mark.slow), ("not_finite", False),
+])  # fmt: skip
 def test_a_lost_member_is_replaced_by_a_clone(kind: str, synchronous: bool, loses: bool, tmp_path: Path) -> None:
     host = PlainHost(6, gone=once("03", 16, kind, tmp_path / "run"), loses=loses)
     run, result = run_with(toy(**KEPT, synchronous=synchronous), tmp_path / "run", host)
@@ -300,7 +303,7 @@ def test_what_fails_before_anybody_has_begun_is_the_users_matter(tmp_path: Path)
 
 @pytest.mark.parametrize("synchronous", [True, False])
 @pytest.mark.parametrize("who", ["target", "donor"])
-@pytest.mark.parametrize("slots", [6, 3])
+@pytest.mark.parametrize("slots", [pytest.param(6, marks=pytest.mark.slow), 3])
 def test_deaths_in_the_midst_of_copies(who: str, synchronous: bool, slots: int, tmp_path: Path) -> None:
     class Mortal(PlainHost):
         """The target dies when it is to copy, or the donor does, with all that it kept."""

@@ -97,6 +97,7 @@ def exploited(host: Any, job: JobSpec) -> tuple[list[Any], Callable[[Any], Any]]
     return [host.fetch(state) for state in states], lambda name: last[name]
 
 
+@pytest.mark.slow  # a whole population does, too: test_population_on_ray.py
 def test_both_hosts_come_to_the_same(host, tmp_path):
     job = job_of()
     here, end = exploited(inline(tmp_path, job), job)
@@ -166,9 +167,9 @@ def test_an_old_ping_does_not_overwrite_what_is_known(host):
     assert slot.step == 10
     slot.ping = ray.put(("train", 1e9, 10))  # of a member that blocks, and is released before that is heard
     host.release("a")
-    for index in range(host.slots):
-        host.start(str(index), job_of())
-    assert set(kinds(answers(host, host.slots)).values()) == {Ready}
+    host.start("b", job_of())
+    assert slot.member == "b"
+    assert kinds(answers(host, 1)) == {"b": Ready}
 
 
 def test_slots_are_counted(host, tmp_path):
@@ -282,7 +283,7 @@ def test_a_death_ends_the_member_and_not_the_host(host, tmp_path):
     assert kinds(answers(host, 1)) == {"a": Ready}
 
 
-@pytest.mark.parametrize("kills", [True, False], ids=["killed", "silent"])
+@pytest.mark.parametrize("kills", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["killed", "silent"])
 def test_a_donor_that_is_lost_in_the_midst_of_a_copy_hangs_nobody(host, tmp_path, kills):
     """It is stopped, so that its state does not come; then killed, or left to the heartbeat."""
     found, slot = prepared(host, tmp_path)
