@@ -87,7 +87,10 @@ def workers_on(host) -> dict[int, str]:
 
 
 @needs_hosts
-@pytest.mark.parametrize("strategy", ["all_reduce", {"name": "parameter_server", "servers": 2}])
+@pytest.mark.parametrize(
+    "strategy",
+    ["all_reduce", pytest.param({"name": "parameter_server", "servers": 2}, marks=pytest.mark.slow)],
+)
 def test_two_hosts_learn_what_one_process_learns(pair, tmp_path, strategy):
     before = pair.bytes_sent()["link_bytes"]
     process = start(pair, tmp_path, strategy)

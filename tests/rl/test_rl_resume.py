@@ -35,7 +35,9 @@ def spec(task, **changes):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "trpo" else name for name in TASKS]
+)
 def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(spec(TASKS[name]), out=whole, runtime="inline")

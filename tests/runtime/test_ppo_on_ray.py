@@ -27,7 +27,7 @@ TRPO = {**BASE, "task": {**ACTS, "name": "trpo", "n_steps": 16}, "optimizer": {"
 REINFORCE = {**BASE, "task": {**ACTS, "name": "reinforce"}, "optimizer": {"name": "adam", "lr": 0.01}}
 
 
-@pytest.mark.parametrize("spec", [PPO, TRPO, pytest.param(REINFORCE, marks=pytest.mark.slow)],
+@pytest.mark.parametrize("spec", [PPO, *(pytest.param(spec, marks=pytest.mark.slow) for spec in (TRPO, REINFORCE))],
                          ids=["ppo", "trpo", "reinforce"])  # fmt: skip
 def test_processes_do_what_threads_do_bitwise(spec, tmp_path):
     distml.run(spec, out=tmp_path / "ray", runtime="ray")

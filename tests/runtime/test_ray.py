@@ -94,7 +94,7 @@ def test_a_synchronous_run_that_loses_a_process_ends_as_if_it_had_not(name, inje
     assert rows(tmp_path / "run") == rows(undisturbed[name])
 
 
-@pytest.mark.parametrize("name", ["all_reduce", "served"])
+@pytest.mark.parametrize("name", ["all_reduce", pytest.param("served", marks=pytest.mark.slow)])
 def test_a_death_before_the_first_snapshot_begins_anew(name, undisturbed, tmp_path):
     strategy = SERVED if name == "served" else name
     result = run(tmp_path / "run", strategy=strategy, inject=["kill:rank=1,step=5"])
@@ -102,6 +102,7 @@ def test_a_death_before_the_first_snapshot_begins_anew(name, undisturbed, tmp_pa
     assert_same(weights(tmp_path / "run"), weights(undisturbed[name]))
 
 
+@pytest.mark.slow
 def test_two_deaths_at_once(undisturbed, tmp_path):
     inject = ["kill:rank=1,step=34", "kill:server=0,step=34"]
     result = run(tmp_path / "run", strategy=SERVED, inject=inject)
