@@ -30,7 +30,7 @@ from distml.runs.directory import RunDirectory
 from distml.runs.display import Display
 from distml.runs.history import Goal
 from distml.runs.tensorboard import TensorBoardWriter
-from distml.runtime.endings import StopSignals, close_all
+from distml.runtime.endings import StopSignals, close_all, record_of_end
 from distml.spec.rllib import EVALUATED, OFFLINE, RLlibSpec
 from distml.tasks.sources import SourceTree
 
@@ -256,16 +256,11 @@ class RLlibRun:
 
     def fail(self, error: BaseException) -> None:
         """Record how the run failed, or that it was interrupted before it began; committed checkpoints stay."""
-        interrupted = isinstance(error, KeyboardInterrupt)
-        message = None if interrupted else {
-            "rank": getattr(error, "role", "driver"), "phase": getattr(error, "phase", "start"),
-            "step": getattr(error, "step", self.step), "message": getattr(error, "message", str(error)),
-        }  # fmt: skip
-        status = "interrupted" if interrupted else "failed"
+        ended = record_of_end(error, self.step)
         if self.has_started:
-            self._record(status=status, error=message)
+            self._record(**ended)
         else:  # what an earlier run came to stays as it is
-            self.directory.result.update(status=status, error=message)
+            self.directory.result.update(**ended)
 
     def close(self) -> None:
         """End the algorithm, a Ray of our own, and files, whatever happened."""

@@ -39,7 +39,7 @@ from distml.population.closing import best_text, test_scores
 from distml.population.context import OverContext
 from distml.runs.files import write_atomically
 from distml.runs.units import number
-from distml.runtime.endings import StopSignals, close_all, close_within
+from distml.runtime.endings import StopSignals, close_all, close_within, record_of_end
 from distml.runtime.ray import check_resources, connect, diverted_output
 from distml.spec.loader import with_values
 from distml.spec.search_rules import space_of
@@ -279,14 +279,9 @@ class SweepRun:
 
     def fail(self, error: BaseException) -> None:
         """Record how the sweep failed, or that it was interrupted before it began; the journal stays."""
-        interrupted = isinstance(error, KeyboardInterrupt)
-        message = None if interrupted else {
-            "rank": getattr(error, "role", "driver"), "phase": getattr(error, "phase", "start"),
-            "step": getattr(error, "step", None), "message": getattr(error, "message", str(error)),
-        }  # fmt: skip
         if self.has_started:
             self.book.interrupted()
-        self.directory.result.update(status="interrupted" if interrupted else "failed", error=message)
+        self.directory.result.update(**record_of_end(error))
 
     def close(self) -> None:
         """End a Ray of our own, and remove what Tune wrote; safe to call twice."""

@@ -11,16 +11,16 @@ Each is one part; without `--part` all run, one after the other. The peers take 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from distml.bench.exchange import check, target_line, tell
-from distml.bench.table import conditions
-from distml.errors import RunError, UsageError
+from distml.bench.exchange import check
+from distml.bench.parts import failure, measure_parts, tables
+from distml.errors import UsageError
 
 PARTS = ("speed", "exploit", "sweep", "pbt", "nas")
-Table = tuple[str, list[str], list[list[str]], list[str]]
+
+__all__ = ["PARTS", "failure", "measure", "tables"]
 
 
 def measure(
@@ -44,39 +44,5 @@ def measure(
     for name, value in (("repeats", repeats), ("seeds", seeds), ("steps", steps)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value} is not possible; give at least 1")
-    about = conditions(parts=chosen, torch_threads=1)
     given = {"repeats": repeats, "seeds": seeds, "steps": steps, "contenders": list(contenders)}
-    found, errors = {}, {}
-    for name in chosen:
-        module = importlib.import_module(f"distml.bench.population_{name}")
-        options = {key: given[key] for key in module.OPTIONS if given[key] not in (None, [])}
-        try:
-            found[name] = module.measure(**options)
-        except RunError as error:
-            errors[name] = str(error)
-            tell(f"{name}: {error}")
-    return {"bench": "population", "conditions": about, "parts": found, "errors": errors}
-
-
-def tables(report: Mapping[str, Any]) -> list[Table]:
-    """One table for each part."""
-    about, made = report["conditions"], []
-    for name, found in report["parts"].items():
-        title, header, body, lines = importlib.import_module(f"distml.bench.population_{name}").table(found)
-        made.append((title, header, body, [*map(target_line, found["targets"]), *lines]))
-    if made:
-        made[-1][3].append(
-            f"{about['cpus']} CPUs, load before {about['load_before']}, torch {about['torch']}, ray {about['ray']}"
-        )
-    return made
-
-
-def failure(report: Mapping[str, Any]) -> str | None:
-    """Which parts failed, in one line; None: none."""
-    return "; ".join(f"{name}: {error}" for name, error in report["errors"].items()) or None
-
-
-def target(what: str, value: float, bound: str, wanted: float) -> dict[str, Any]:
-    """A target, and whether it is met."""
-    met = value <= wanted if bound == "at most" else value >= wanted
-    return {"what": what, "value": value, "bound": bound, "target": wanted, "met": met}
+    return measure_parts("population", chosen, given)

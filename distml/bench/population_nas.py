@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distml.bench.population import Table, target
+from distml.bench.parts import Table, target
 from distml.population.tabulated import make_table, tabulated
 from distml.spec.nas import EvolutionSpec, RandomControllerSpec, ReinforceControllerSpec
 

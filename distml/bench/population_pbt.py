@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distml.bench.exchange import tell
-from distml.bench.population import Table, target
+from distml.bench.parts import Table, target
 from distml.launch.run import run
 
 OPTIONS = ("seeds", "steps")

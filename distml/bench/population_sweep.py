@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distml.bench.exchange import check, in_turn, tell
-from distml.bench.population import Table, target
+from distml.bench.parts import Table, target
 from distml.bench.population_speed import LIMIT_S, PEERS
 from distml.bench.start import local_ray, spawn
 from distml.bench.table import cells, summary

@@ -11,18 +11,18 @@ Each is one part; without `--part` those run that need neither a GPU nor a text.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distml.bench.exchange import check, target_line, tell
-from distml.bench.table import conditions
-from distml.errors import RunError, UsageError
+from distml.bench.exchange import check
+from distml.bench.parts import failure, measure_parts, tables
+from distml.errors import UsageError
 
 PARTS = ("speed", "zero", "memory", "loss", "gpu")
 BY_DEFAULT = ("speed", "zero", "memory")
-Table = tuple[str, list[str], list[list[str]], list[str]]
+
+__all__ = ["PARTS", "failure", "measure", "tables"]
 
 
 def measure(
@@ -45,34 +45,5 @@ def measure(
     check("--part", chosen, PARTS)
     if "loss" in chosen and text is None:
         raise UsageError("--part loss needs a text to learn; give --text FILE, for example tiny Shakespeare's")
-    about = conditions(parts=chosen, torch_threads=1)
     given = {"repeats": repeats, "steps": steps, "text": text, "contenders": list(contenders)}
-    found, errors = {}, {}
-    for name in chosen:
-        module = importlib.import_module(f"distml.bench.transformer_{name}")
-        options = {key: given[key] for key in module.OPTIONS if given[key] not in (None, [])}
-        try:
-            found[name] = module.measure(**options)
-        except RunError as error:
-            errors[name] = str(error)
-            tell(f"{name}: {error}")
-    return {"bench": "transformer", "conditions": about, "parts": found, "errors": errors}
-
-
-def tables(report: Mapping[str, Any]) -> list[Table]:
-    """One table for each part."""
-    about, made = report["conditions"], []
-    for name, found in report["parts"].items():
-        title, header, body, lines = importlib.import_module(f"distml.bench.transformer_{name}").table(found)
-        made.append((title, header, body, [*map(target_line, found["targets"]), *lines]))
-    if made:
-        made[-1][3].append(
-            f"{about['cpus']} CPUs, load before {about['load_before']}, torch {about['torch']}, ray {about['ray']}"
-        )
-    return made
-
-
-def failure(report: Mapping[str, Any]) -> str | None:
-    """Which parts failed, in one line; None: none."""
-    failed = "; ".join(f"{name}: {error}" for name, error in report["errors"].items())
-    return failed or None
+    return measure_parts("transformer", chosen, given)

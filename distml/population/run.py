@@ -43,7 +43,7 @@ from distml.population.saving import RECORD, Best, Saver, Snapshot, cut_of, read
 from distml.runs.checkpoints import CheckpointDamaged, folder_name
 from distml.runs.files import write_atomically
 from distml.runs.history import Goal
-from distml.runtime.endings import StopSignals, close_all
+from distml.runtime.endings import StopSignals, close_all, record_of_end
 from distml.spec.messages import near
 from distml.spec.population import NoExploitSpec, NoExploreSpec, PopulationSpec
 from distml.spec.search_rules import space_of
@@ -652,16 +652,12 @@ class PopulationRun:
         """Record how the population failed, or that it was interrupted before it began; what is written stays."""
         with contextlib.suppress(DistmlError, OSError, AttributeError, LookupError):
             self._keep_all()
-        is_interrupt = isinstance(error, KeyboardInterrupt)
-        message = {"rank": getattr(error, "role", "driver"), "phase": getattr(error, "phase", "start"),
-                   "step": getattr(error, "step", self.total_steps),
-                   "message": getattr(error, "message", str(error))}  # fmt: skip
+        ended = record_of_end(error, self.total_steps)
         with contextlib.suppress(OSError):  # a full disk must not hide the error itself
             for one in self.members.values():
-                self.folders[one.name].finish(one, "interrupted" if is_interrupt else "failed", self.metric)
+                self.folders[one.name].finish(one, ended["status"], self.metric)
             known = self._standing() | {"checkpoint": self._best_checkpoint()} if self.is_built else {}
-            self.directory.result.update(status="interrupted" if is_interrupt else "failed", **known,
-                                         error=None if is_interrupt else message)  # fmt: skip
+            self.directory.result.update(**known, **ended)
 
     def close(self) -> None:
         """End all processes and threads; safe to call twice."""

@@ -34,7 +34,7 @@ from distml.runs.files import write_atomically
 from distml.runs.pareto import pareto_front
 from distml.runs.units import number
 from distml.runtime.authentication import cluster_address
-from distml.runtime.endings import StopSignals, close_all
+from distml.runtime.endings import StopSignals, close_all, record_of_end
 from distml.spec.decisions import decision_space
 from distml.spec.loader import LoadedSpec, with_values
 from distml.spec.messages import near
@@ -419,16 +419,11 @@ class SearchRun:
 
     def fail(self, error: BaseException) -> None:
         """Record how it failed, or that it was interrupted; the journal has all else."""
-        interrupted = isinstance(error, KeyboardInterrupt)
-        message = None if interrupted else {
-            "rank": getattr(error, "role", "driver"), "phase": getattr(error, "phase", "start"),
-            "step": getattr(error, "step", None), "message": getattr(error, "message", str(error)),
-        }  # fmt: skip
-        status = "interrupted" if interrupted else "failed"
+        ended = record_of_end(error)
         if self.has_started:
-            self._record(status=status, error=message)
+            self._record(**ended)
         else:  # what an earlier process came to stays as it is
-            self.directory.result.update(status=status, error=message)
+            self.directory.result.update(**ended)
 
     def close(self) -> None:
         """End children, processes, threads and files, whatever happened."""

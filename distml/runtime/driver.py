@@ -33,7 +33,7 @@ from distml.runs.directory import RunDirectory
 from distml.runs.display import Display
 from distml.runs.tensorboard import TensorBoardWriter
 from distml.runtime.cut import Cut, from_checkpoint, from_folder, join_parts, reshard, to_checkpoint
-from distml.runtime.endings import StopSignals, close_all
+from distml.runtime.endings import StopSignals, close_all, record_of_end
 from distml.runtime.group import Lost, WorkerGroup
 from distml.runtime.merge import ReportMerger
 from distml.spec.language_rules import task_tokens
@@ -443,23 +443,16 @@ class Driver:
 
     def fail(self, error: BaseException) -> None:
         """Record how the run failed, or that it was interrupted before it began; committed checkpoints stay."""
-        message = {
-            "rank": getattr(error, "role", "driver"),
-            "phase": getattr(error, "phase", "start"),
-            "step": getattr(error, "step", self.version),
-            "message": getattr(error, "message", str(error)),
-        }
         with contextlib.suppress(DistmlError, OSError):
             self.store.wait(timeout_s=30.0)
         self.store.discard(self.store.ranks_folders())  # now: they may be what has filled the disk
         steps = self.store.steps()
         checkpoint = f"checkpoints/{folder_name(steps[-1])}" if steps else None
-        is_interrupt = isinstance(error, KeyboardInterrupt)
-        changes: dict[str, Any] = {"status": "interrupted" if is_interrupt else "failed",
-                                   "error": None if is_interrupt else message}  # fmt: skip
+        ended = record_of_end(error, self.version)
+        changes = dict(ended)
         if self.has_started:  # else what an earlier run came to stays as it is
             changes |= {"step": self.version, "checkpoint": checkpoint}
-        if self.has_started and not is_interrupt:
+        if self.has_started and ended["error"] is not None:
             changes |= {"wall_s": self.merger.seconds, "metrics": self.metrics, "best": self.best}
         with contextlib.suppress(OSError):  # a full disk must not hide the error itself
             self.directory.result.update(**changes)

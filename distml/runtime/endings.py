@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from distml.runtime.authentication import STUCK_THREAD
 
@@ -52,6 +53,20 @@ class StopSignals:
         if not self.is_training:
             raise KeyboardInterrupt
         self.ask()
+
+
+def record_of_end(error: BaseException, step: int | None = None) -> dict[str, Any]:
+    """`status` and `error` of result.json for a run that an exception has ended.
+
+    Args:
+        step: where it was, for an exception that does not say.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return {"status": "interrupted", "error": None}
+    return {"status": "failed", "error": {
+        "rank": getattr(error, "role", "driver"), "phase": getattr(error, "phase", "start"),
+        "step": getattr(error, "step", step), "message": getattr(error, "message", str(error)),
+    }}  # fmt: skip
 
 
 def close_all(*closes: Callable[[], object]) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from own.over import carry_through
 from own.plain_host import PlainHost
 
-from distml.launch.run import prepare_directory
 from distml.population.context import OverContext
 from distml.population.host import Host
 from distml.population.run import PopulationRun
-from distml.runs.directory import Result, RunDirectory
+from distml.runs.directory import Result
 from distml.runs.display import Display, SilentDisplay
 from distml.spec.loader import load_spec
 
@@ -63,23 +62,11 @@ def run_with(
 ) -> tuple[PopulationRun, Result]:
     """One population in `out`; how it ended, recorded also when it ends by an exception."""
     loaded = load_spec(spec, directory=OWN)
-    with RunDirectory.open(out) as directory:
-        sources = prepare_directory(directory, loaded, resume, SilentDisplay())
-        context = OverContext(
-            loaded, directory, sources, "inline", None, display or SilentDisplay(), time.perf_counter()
-        )
-        run = PopulationRun(context, host or PlainHost(loaded.job.members))
-        try:
-            run.build(resume)
-            run.train()
-        except BaseException as error:
-            run.fail(error)
-            raise
-        finally:
-            run.close()
-        result = directory.result.read()
-        assert result is not None
-        return run, result
+
+    def make(context: OverContext) -> PopulationRun:
+        return PopulationRun(context, host or PlainHost(loaded.job.members))
+
+    return carry_through(loaded, out, make, resume=resume, display=display or SilentDisplay())
 
 
 def lineage(out: Path) -> list[dict[str, Any]]:

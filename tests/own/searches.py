@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distml.launch.run import prepare_directory
+from own.over import carry_through
+
 from distml.population.context import OverContext
 from distml.population.host import Advanced, Answer, Gone
 from distml.population.search import SearchRun
 from distml.population.trials import FOLDER
-from distml.runs.directory import Result, RunDirectory
+from distml.runs.directory import Result
 from distml.runs.display import SilentDisplay
 from distml.runtime.cut import Cut
 from distml.runtime.members import InlineHost
@@ -103,25 +103,16 @@ def run_search(
     spec: Mapping[str, Any], out: Path, host: TriedHost | None = None, *, resume: bool = False
 ) -> tuple[SearchRun, Result, list[str]]:
     """One search in `out`: it, how it ended, and what it said; recorded also when it ends by an exception."""
-    loaded = load_spec(spec)
     notes = Notes()
-    with RunDirectory.open(out) as directory:
-        sources = prepare_directory(directory, loaded, resume, SilentDisplay())
-        context = OverContext(loaded, directory, sources, "inline", None, notes, time.perf_counter())
+
+    def make(context: OverContext) -> SearchRun:
         run = SearchRun(context, host)
         if host is not None:
             host.settle_in(run)
-        try:
-            run.build(resume)
-            run.train()
-        except BaseException as error:
-            run.fail(error)
-            raise
-        finally:
-            run.close()
-        result = directory.result.read()
-        assert result is not None
-        return run, result, notes.lines
+        return run
+
+    run, result = carry_through(load_spec(spec), out, make, resume=resume, display=notes)
+    return run, result, notes.lines
 
 
 def journal(out: Path) -> list[dict[str, Any]]:
