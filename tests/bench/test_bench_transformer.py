@@ -148,7 +148,12 @@ def test_tables_say_whether_targets_are_met():
            "peak": 20e6, "plan_peak": 30e6, "parameters": 1_000_000}  # fmt: skip
     found = {"contenders": {"alone": one}, "targets": transformer_memory.targets({"alone": one})}
     conditions = {"cpus": 2, "load_before": 0.1, "torch": "2", "ray": "2"}
-    report = {"bench": "transformer", "parts": {"memory": found}, "conditions": conditions, "errors": {"zero": "it broke"}}
+    report = {
+        "bench": "transformer",
+        "parts": {"memory": found},
+        "conditions": conditions,
+        "errors": {"zero": "it broke"},
+    }
     [(title, header, body, lines)] = transformer.tables(report)
     assert "1,000,000 parameters" in title
     assert len(header) == len(body[0]) == 9
