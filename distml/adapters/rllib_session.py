@@ -15,8 +15,8 @@ from ray.rllib.algorithms.algorithm import Algorithm
 
 from distml.adapters.rllib_build import EVALUATION, asked_for, main_threads, make_config, make_environment
 from distml.errors import DistmlError, UsageError
+from distml.runtime.connection import connect, diverted_output
 from distml.runtime.endings import close_within
-from distml.runtime.ray import connect, diverted_output
 from distml.spec.rllib import RLlibSpec
 from distml.tasks.build import describe
 from distml.tasks.sources import SourceTree

@@ -39,8 +39,9 @@ from distml.population.closing import best_text, test_scores
 from distml.population.context import OverContext
 from distml.runs.files import write_atomically
 from distml.runs.units import number
+from distml.runtime.connection import connect, diverted_output
 from distml.runtime.endings import StopSignals, close_all, close_within, record_of_end
-from distml.runtime.ray import check_resources, connect, diverted_output
+from distml.runtime.placement import check_resources
 from distml.spec.loader import with_values
 from distml.spec.search_rules import space_of
 from distml.spec.sweep import SweepSpec

@@ -10,20 +10,15 @@ private Ray ends with the run. No torch here.
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import secrets
-import socket
-import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from distml.errors import RunError, UsageError
@@ -35,11 +30,12 @@ from distml.inject import Injection
 from distml.memory import out_of_memory_kills
 from distml.runs.probe import Probe
 from distml.runtime.actors import ServerActor, Way, WorkerActor, end_process, patience_s
-from distml.runtime.authentication import STUCK_THREAD, cluster_address
+from distml.runtime.connection import connect, diverted_output
 from distml.runtime.cut import Cut, join_captures
 from distml.runtime.deaths import cause_of_death
 from distml.runtime.endings import close_within
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
+from distml.runtime.placement import check_resources, in_rank_order, place, server_nodes
 from distml.runtime.transport import Transport, choose, fall_back
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import SNAPSHOT_EVERY
@@ -49,14 +45,6 @@ POLL_S = 0.2
 STOP_PATIENCE_S = 2.0
 KEEP_FROM_BYTES = 2**20
 CLOSE_PATIENCE_S = 5.0
-# A private Ray's. Workers at Ray's niceness of 15 would let everything else on the machine go first. A new raylet may
-# ask for its own object store before that listens, and would try again 1 s later; 10 s in all is Ray's patience too.
-PRIVATE_SETTINGS = {
-    "RAY_worker_niceness": "0",
-    "RAY_raylet_client_connect_timeout_milliseconds": "50",
-    "RAY_raylet_client_num_connect_attempts": "200",
-}
-TRY_ADDRESS = "; check --address or RAY_ADDRESS ('ray status' on a node shows the cluster's)"
 
 
 class ProcessLostError(Exception):
@@ -123,7 +111,7 @@ class RayRuntime:
         self.owns_ray = connect(self.address, needed, self.job.limits.start_s)
         check_resources(self.job, self.owns_ray)
         self.start_weights = start_weights
-        self.group = self.given_place or self._place()
+        self.group = self.given_place or place(self.job)
         places = placement_group_table(self.group)["bundles_to_node_id"]
         self.bundles = in_rank_order(places, ray.get_runtime_context().get_node_id())
         self.transport = choose(self.job, self._nodes())
@@ -238,21 +226,6 @@ class RayRuntime:
         firsts = [self.facts[ranks[0]] for ranks in self.transport.hosts]
         fits = all(one["regions"][True].num_bytes <= one["shared_bytes_free"] for one in firsts)
         return bool(more >= KEEP_FROM_BYTES and fits)
-
-    def _place(self) -> PlacementGroup:
-        resources = self.job.resources
-        bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
-        if resources.gpus_per_worker:
-            bundle["GPU"] = resources.gpus_per_worker
-        group = placement_group([bundle] * self.size, strategy=resources.placement.upper())
-        if not group.wait(self.job.limits.start_s):
-            available = {name: ray.available_resources().get(name, 0) for name in bundle}
-            remove_placement_group(group)
-            raise UsageError(
-                f"after {self.job.limits.start_s:g} s still no place for {self.size} x {bundle} "
-                f"({resources.placement}); free now: {available}; wait for other jobs or raise limits.start_s"
-            )
-        return group
 
     def _worker(self, rank: int) -> Any:
         place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles[rank])
@@ -751,34 +724,6 @@ def kill(node: str, pid: int, timeout_s: float) -> None:
     ray.wait([killer.remote(pid)], timeout=timeout_s)
 
 
-def server_nodes(placement: str, alive: Mapping[str, bool], workers: list[str], count: int) -> list[str]:
-    """The node of each of `count` parameter servers: the workers' nodes in rank order, in turn.
-
-    Args:
-        placement: colocated: on no other nodes; spread: then the other nodes too.
-        alive: nodes, and whether they have CPUs; one without, such as a cluster's head, is kept free of work.
-        workers: each rank's node; one that has died is passed over.
-    """
-    nodes = [node for node in dict.fromkeys(workers) if node in alive]
-    if placement == "spread" or not nodes:
-        nodes += [node for node in sorted(alive) if alive[node] and node not in nodes]
-    nodes = nodes or sorted(alive)
-    return [nodes[index % len(nodes)] for index in range(count)]
-
-
-def in_rank_order(nodes: Mapping[int, str], here: str) -> list[int]:
-    """Bundles in the order of the ranks that take them.
-
-    Those on the driver's node come first, so that what rank 0 keeps for a recovery every few steps does not cross the
-    network; then node by node.
-
-    Args:
-        nodes: bundle -> node.
-        here: the driver's node.
-    """
-    return sorted(nodes, key=lambda bundle: (nodes[bundle] != here, nodes[bundle], bundle))
-
-
 def without_spent(injections: tuple[str, ...], roles: list[str]) -> tuple[str, ...]:
     """The injections that are still to come: each process that was lost has spent its earliest kill or stop."""
     left = list(injections)
@@ -787,139 +732,3 @@ def without_spent(injections: tuple[str, ...], roles: list[str]) -> tuple[str, .
         if own:
             left.remove(min(own, key=lambda text: Injection.parse(text).step))
     return tuple(left)
-
-
-# --------------------------------------------------------------------------------------------------------------- ray
-def connect(address: str | None, cpus: int, start_s: float) -> bool:
-    """Connect to a cluster, or start a private Ray; whether it is ours to end.
-
-    A private Ray has as many logical CPUs as the job asks for, a token of its own, no dashboard and no usage reports.
-
-    Args:
-        cpus: what the job asks for.
-        start_s: until an existing cluster must have answered.
-    """
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    for name, value in PRIVATE_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    target = cluster_address(address)
-    if target is not None:
-        check_reachable(target)
-        failed: list[Exception] = []
-        started = threading.Thread(target=_init, args=(target, quiet, failed), name=STUCK_THREAD, daemon=True)
-        started.start()
-        started.join(start_s)
-        if started.is_alive():
-            raise UsageError(f"the Ray cluster at {target!r} gave no answer for {start_s:g} s{TRY_ADDRESS}")
-        if failed:
-            text = " ".join(str(failed[0]).split())
-            raise UsageError(f"no Ray cluster at {target!r}: {text[:300]}{TRY_ADDRESS}") from failed[0]
-        return False
-    cores = len(os.sched_getaffinity(0))
-    if cpus > cores:
-        print(
-            f"warning: the job asks for {cpus} CPUs, this machine has {cores}; workers will share them",
-            file=sys.stderr,
-        )
-    ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=object_store_bytes(), **quiet)
-    return True
-
-
-def _init(target: str, options: dict[str, Any], failed: list[Exception]) -> None:
-    """`ray.init`, on a thread: it has no limit of its own and can wait for a dead cluster for good."""
-    try:
-        ray.init(address=target, **options)
-    except Exception as error:
-        failed.append(error)
-
-
-def check_reachable(target: str) -> None:
-    """Refuse an address where nobody listens.
-
-    Raises:
-        UsageError: with what was tried.
-    """
-    if target.startswith("ray://"):
-        raise UsageError(
-            f"{target!r} is Ray Client's; run on a node of the cluster with its host:port, or --address auto"
-        )
-    host, _, port = target.rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CLOSE_PATIENCE_S).close()
-    except (OSError, OverflowError) as error:
-        raise UsageError(f"no Ray cluster at {target!r}: {error}{TRY_ADDRESS}") from error
-
-
-def object_store_bytes() -> int:
-    """A private Ray's object store: a quarter of the shared memory that is free, at most 2 GiB."""
-    free = os.statvfs("/dev/shm")
-    return max(80 * 2**20, min(2 * 2**30, free.f_bavail * free.f_frsize // 4))
-
-
-def check_resources(job: JobSpec, private: bool) -> None:
-    """Refuse at once what this cluster can never place, saying what was asked for and what there is.
-
-    Raises:
-        UsageError: with both.
-    """
-    resources = job.resources
-    each = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
-    total = ray.cluster_resources()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for name, amount in each.items():
-        if not amount:
-            continue
-        asked, there = amount * resources.workers, total.get(name, 0.0)
-        if asked > there:
-            raise UsageError(f"the job asks for {asked:g} {name}s ({resources.workers} workers x {amount:g}), "
-                             f"this {'machine' if private else 'cluster'} has {there:g}")  # fmt: skip
-        slots = [int(node.get(name, 0.0) // amount) for node in nodes]
-        if resources.workers > (max(slots) if resources.placement == "strict_pack" else sum(slots)):
-            where = "on one node " if resources.placement == "strict_pack" else ""
-            there = [node.get(name, 0.0) for node in nodes]
-            raise UsageError(
-                f"the job asks for {resources.workers} workers with {amount:g} {name}s each {where}"
-                f"({resources.placement}); the nodes have {there}"
-            )
-    if resources.placement == "strict_spread" and resources.workers > len(nodes):
-        raise UsageError(f"strict_spread asks for {resources.workers} nodes, the cluster has {len(nodes)}")
-
-
-class _ByThread:
-    """A text stream that sends what Ray's own threads print, and ours for its start and end, to a log; all else on."""
-
-    def __init__(self, stream: TextIO, log: TextIO) -> None:
-        self._stream, self._log = stream, log
-
-    def write(self, text: str) -> int:
-        name = threading.current_thread().name
-        target = self._log if name.startswith("ray_") or name == STUCK_THREAD else self._stream
-        return target.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextlib.contextmanager
-def diverted_output(path: Path) -> Iterator[None]:
-    """What Ray says in this process goes to `path`, not to the terminal."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as log:
-        before = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = cast(TextIO, _ByThread(before[0], log)), cast(TextIO, _ByThread(before[1], log))
-        handler = logging.StreamHandler(log)
-        logger = logging.getLogger("ray")
-        logger.addHandler(handler)
-        propagated, logger.propagate = logger.propagate, False
-        try:
-            yield
-        finally:
-            sys.stdout, sys.stderr = before
-            logger.removeHandler(handler)
-            logger.propagate = propagated

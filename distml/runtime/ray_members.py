@@ -28,11 +28,13 @@ from distml.exchange.layout import Array
 from distml.memory import out_of_memory_kills
 from distml.population.host import Advanced, Answer, Copied, Gone, Handle, Ready
 from distml.runtime.actors import PATIENCE_FACTOR, patience_s
+from distml.runtime.connection import connect, diverted_output
 from distml.runtime.cut import Cut
 from distml.runtime.deaths import cause_of_death
 from distml.runtime.endings import close_within
 from distml.runtime.kept import Left
-from distml.runtime.ray import check_resources, connect, diverted_output, kill
+from distml.runtime.placement import check_resources
+from distml.runtime.ray import kill
 from distml.spec.schema import JobSpec
 from distml.tasks.sources import SourceTree
 

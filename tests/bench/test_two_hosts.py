@@ -20,7 +20,7 @@ from distml.bench import hosts
 from distml.bench.hosts import call, missing, two_hosts
 from distml.errors import UsageError
 from distml.launch.evaluate import load_model
-from distml.runtime.ray import in_rank_order
+from distml.runtime.placement import in_rank_order
 
 REASON = missing()
 needs_hosts = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -19,7 +19,7 @@ from own.on_ray import SPEC, TIMES, Notes, assert_same, weights
 import distml
 from distml.errors import RunError, UsageError
 from distml.runs.checkpoints import CheckpointStore
-from distml.runtime.ray import PRIVATE_SETTINGS
+from distml.runtime.connection import PRIVATE_SETTINGS
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
