@@ -21,7 +21,7 @@ from typing import Any
 import ray
 
 from distml.runs.files import write_atomically
-from distml.runtime.actors import patience_s
+from distml.runtime.actors import blocked_cause, patience_s
 from distml.runtime.ray import kill
 from distml.spec.schema import JobSpec
 
@@ -59,8 +59,7 @@ def blocked(beat: Beat, base: JobSpec) -> str | None:
         return f"it was not built within {base.limits.start_s:g} s and was ended; raise limits.start_s if it needs more"
     if beat.motionless_s <= patience_s(base):
         return None
-    return (f"it has not moved in {beat.activity} for {beat.motionless_s:.0f} s and was ended; if that is no hang, "
-            "raise limits.lost_after_s")  # fmt: skip
+    return blocked_cause(base, beat.activity, beat.motionless_s)
 
 
 class Pulse:

@@ -1,67 +1,45 @@
-"""Two hosts on one machine: network namespaces with a shaped link between them, and a node of one Ray in each.
+"""Hosts on one machine (`network.py`) and one Ray over all: two for measurements, or a cluster with the Jobs API.
 
-    this process ── ip, tc ──▶ namespace a ══ eth0, rate-limited both ways ══ eth0 ◀── namespace b
-    ray start --head (a) ◀── joins ── ray start (b)        one CPU each, a token in a file that only this user can read
+    this process ── ip, tc ──▶ namespaces a (Ray's head), b, c … (nodes that join it)      client (of a cluster: no Ray)
+                 ── ray start --block in each ──▶ nodes           `distml submit` ── http ──▶ a:8265, with the token
 
-Processes in one namespace reach those in the other over the link alone. Whatever happens, all processes in both
-namespaces are ended and the namespaces deleted when the block is left, on SIGTERM too. What an invocation that was
-killed has left behind, the next one removes. Needs root, and `ip` and `tc` (iproute2).
+A token in a file that only this user can read keeps others out. Whatever happens, all processes in all namespaces are
+ended and the namespaces deleted when the block is left, on SIGTERM too. The hosts share the disk, shared memory and the
+numbering of processes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import os
-import re
 import secrets
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from distml.bench.contenders import EVERYWHERE, end_group, spawn, terminable
-from distml.errors import RunError, UsageError
+from distml.bench.network import INTERFACE, NamespaceHost, Network, network
+from distml.errors import RunError
 
-INTERFACE = "eth0"
-ADDRESSES = ("10.213.77.1", "10.213.77.2")  # in namespaces of their own, so that nobody else's can be in the way
-PORT = 6379
-NAME = "distml-{pid}-{number}-{letter}"
-START_S, END_S = 60.0, 10.0
+PORT, DASHBOARD_PORT = 6379, 8265
+START_S = 60.0
 STORE_BYTES = 512 * 2**20
-_numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class NamespaceHost:
-    """One of the two.
-
-    Attributes:
-        name: of the network namespace.
-        address: on the link.
-    """
-
-    name: str
-    address: str
-
-    def command(self, arguments: Sequence[str]) -> list[str]:
-        """The command that runs these arguments there."""
-        return ["ip", "netns", "exec", self.name, *arguments]
-
-    def pids(self) -> list[int]:
-        """Processes in the namespace; all of them were started here, or by those that were."""
-        return [int(pid) for pid in call("ip", "netns", "pids", self.name).split()]
-
-    def bytes_sent(self) -> int:
-        """Bytes that this host has put on the link, headers included."""
-        [link] = json.loads(call("ip", "-j", "-s", "-n", self.name, "link", "show", "dev", INTERFACE))
-        return int(link["stats64"]["tx"]["bytes"])
+CLUSTER_STORE_BYTES = 150 * 2**20
+OTHERS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR")  # would go first
+# Run on a host: until a URL answers with 200.
+ANSWERS = (
+    "import os, sys, time, urllib.request as r\n"
+    "token = open(os.environ['RAY_AUTH_TOKEN_PATH']).read(); end = time.monotonic() + float(sys.argv[2])\n"
+    "while True:\n"
+    "    try: r.urlopen(r.Request(sys.argv[1], headers={'Authorization': 'Bearer ' + token}), timeout=5); break\n"
+    "    except OSError as error:\n"
+    "        if time.monotonic() > end: sys.exit(str(error))\n"
+    "        time.sleep(0.1)\n"
+)
 
 
 @dataclass(frozen=True)
@@ -86,47 +64,137 @@ class Pair:
         return {"link_bytes": float(sum(host.bytes_sent() for host in self.hosts))}
 
 
-def missing() -> str | None:
-    """Why two hosts cannot be made here, in one line; None: they can."""
-    if os.geteuid() != 0:
-        return "two hosts need root: they are network namespaces; run it with sudo"
-    for tool in ("ip", "tc"):
-        if shutil.which(tool) is None:
-            return f"two hosts need {tool!r}, which is not installed; it is part of iproute2"
-    name = NAME.format(pid=os.getpid(), number=next(_numbers), letter="t")
-    try:
-        call("ip", "netns", "add", name)
+@dataclass
+class Cluster:
+    """A Ray with token, dashboard and Jobs API over several hosts, and one more host for clients.
+
+    Nodes are numbered in the order in which they were added; 0 is the head.
+
+    Attributes:
+        folder: seen by all hosts; `runs` in it is where submitted jobs keep their runs.
+        environment: what a process of any host needs to use that Ray.
+        cpus: logical CPUs of a node other than the head.
+    """
+
+    network: Network
+    folder: Path
+    environment: Mapping[str, str]
+    cpus: int
+    outside: NamespaceHost
+    nodes: list[tuple[NamespaceHost, subprocess.Popen[bytes]]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """Of the dashboard and the Jobs API."""
+        return f"http://{self.nodes[0][0].address}:{DASHBOARD_PORT}"
+
+    @property
+    def ray(self) -> str:
+        """The Ray's address, for processes on a node."""
+        return f"{self.nodes[0][0].address}:{PORT}"
+
+    @property
+    def runs(self) -> Path:
+        """The run directories of submitted jobs."""
+        return self.folder / "runs"
+
+    def client(self, arguments: Sequence[str], **popen: Any) -> subprocess.Popen[Any]:
+        """`distml ARGUMENTS` on the host that has no Ray; it is ended with the cluster at the latest.
+
+        Args:
+            popen: of `subprocess.Popen`, such as `cwd` and `stdout`.
+        """
+        return self._distml(self.outside, arguments, **popen)
+
+    def on(self, node: int, arguments: Sequence[str], **popen: Any) -> subprocess.Popen[Any]:
+        """`distml ARGUMENTS` on a node."""
+        return self._distml(self.nodes[node][0], arguments, **popen)
+
+    def _distml(self, host: NamespaceHost, arguments: Sequence[str], **popen: Any) -> subprocess.Popen[Any]:
+        command = host.command([*without_others(), sys.executable, "-m", "distml", *arguments])
+        return subprocess.Popen(command, env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL, **popen)
+
+    def pids(self, node: int) -> list[int]:
+        """Processes on a node."""
+        return self.nodes[node][0].pids()
+
+    def kill(self, node: int) -> None:
+        """End a node as a power failure does: all its processes at once, and its link is dead."""
+        host, process = self.nodes[node]
+        self.network.cut(host)
+        host.kill()
+        end_group(process)
+
+    def cut(self, node: int, seconds: float) -> None:
+        """Cut a node's link, and mend it after a while."""
+        host, _ = self.nodes[node]
+        self.network.cut(host)
         try:
-            call("ip", "-n", name, "link", "set", "lo", "up")
-            call("tc", "-n", name, "qdisc", "add", "dev", "lo", "root", *shaping("1gbit"))
+            time.sleep(seconds)
         finally:
-            call("ip", "netns", "del", name)
-    except OSError as error:
-        return f"two hosts need network namespaces, which this machine refuses: {error}"
-    return None
+            self.network.mend(host)
+
+    def add(self, cpus: int | None = None) -> int:
+        """Start one more node; its number.
+
+        Raises:
+            RunError: Ray did not start there.
+        """
+        index, host = len(self.nodes), self.network.add()
+        more = [] if index else ["--include-dashboard", "true", "--dashboard-host", host.address,
+                                 "--dashboard-port", str(DASHBOARD_PORT)]  # fmt: skip
+        head = self.nodes[0][0].address if index else None
+        process = start_node(host, self.environment, self.folder, self.cpus if cpus is None else cpus,
+                             CLUSTER_STORE_BYTES, head, more)  # fmt: skip
+        self.nodes.append((host, process))
+        return index
 
 
-def call(*command: str) -> str:
-    """What a short command prints.
+@contextlib.contextmanager
+def cluster(nodes: int = 3, rate: str = "1gbit", cpus: int = 2, head_cpus: int = 0) -> Iterator[Cluster]:
+    """A cluster of `nodes` hosts, the head among them, which is kept free of work, and a host for clients.
+
+    Args:
+        rate: of each host's link, as tc has it.
+        cpus: logical CPUs of each node but the head.
+        head_cpus: of the head.
 
     Raises:
-        OSError: it failed; with the last line of what it said.
+        UsageError: hosts cannot be made here.
+        RunError: Ray did not start.
     """
-    done = subprocess.run(command, capture_output=True, text=True, timeout=END_S, check=False)
+    with terminable(), network(rate) as (net, folder):
+        paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # a job's `python` is this one
+                 "DISTML_RUNS": str(folder / "runs")}  # fmt: skip
+        made = Cluster(net, folder, {**access(folder), **paths}, cpus, outside=net.add())
+        try:
+            made.add(head_cpus)
+            for _ in range(nodes - 1):
+                made.add()
+            wait_for_jobs(made)
+            yield made
+        finally:
+            net.remove()  # first: what starts the nodes anew must not see them end
+            for _, process in made.nodes:
+                end_group(process)
+
+
+def wait_for_jobs(made: Cluster) -> None:
+    """Until the Jobs API answers on the clients' host.
+
+    Raises:
+        RunError: it does not.
+    """
+    command = made.outside.command([sys.executable, "-c", ANSWERS, f"{made.url}/api/jobs/", str(START_S)])
+    environment = {**os.environ, **made.environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_S + 10.0, check=False)
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise OSError(f"{' '.join(command)}: {said}")
-    return done.stdout
-
-
-def shaping(rate: str) -> list[str]:
-    """tc's token bucket: its burst must cover what the timer lets pass between two looks."""
-    return ["tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
+        raise RunError(f"{made.url} gave no answer in {START_S:g} s: {done.stderr.strip()[-200:]}", phase="bench")
 
 
 @contextlib.contextmanager
 def two_hosts(rate: str, cpus: int = 1) -> Iterator[Pair]:
-    """Two hosts with a link of `rate` in each direction and one Ray over both.
+    """Two hosts with links of `rate` in each direction and one Ray over both.
 
     Args:
         rate: as tc has it, for example 100mbit.
@@ -136,39 +204,18 @@ def two_hosts(rate: str, cpus: int = 1) -> Iterator[Pair]:
         UsageError: they cannot be made here.
         RunError: Ray did not start.
     """
-    reason = missing()
-    if reason is not None:
-        raise UsageError(reason)
-    sweep()
-    number = next(_numbers)
-    names = [NAME.format(pid=os.getpid(), number=number, letter=letter) for letter in "ab"]
-    hosts = NamespaceHost(names[0], ADDRESSES[0]), NamespaceHost(names[1], ADDRESSES[1])
     nodes: list[subprocess.Popen[bytes]] = []
-    with terminable(), tempfile.TemporaryDirectory(prefix="dm-", ignore_cleanup_errors=True) as folder:
+    with terminable(), network(rate) as (net, folder):
+        a, b = net.add(), net.add()
+        pair = Pair((a, b), access(folder))
         try:
-            link(hosts, rate)
-            pair = Pair(hosts, access(Path(folder)))
-            for index in range(2):
-                nodes.append(start_node(pair, index, cpus, Path(folder)))
+            for host, head, more in ((a, None, ["--include-dashboard", "false"]), (b, a.address, [])):
+                nodes.append(start_node(host, pair.environment, folder, cpus, STORE_BYTES, head, more))
             yield pair
         finally:
-            for host in hosts:
-                remove(host)
+            net.remove()
             for node in nodes:
                 end_group(node)
-
-
-def link(hosts: Sequence[NamespaceHost], rate: str) -> None:
-    """Namespaces, and a pair of interfaces between them; what each sends is shaped."""
-    for host in hosts:
-        call("ip", "netns", "add", host.name)
-    a, b = hosts
-    call("ip", "link", "add", INTERFACE, "netns", a.name, "type", "veth", "peer", "name", INTERFACE, "netns", b.name)
-    for host in hosts:
-        call("ip", "-n", host.name, "addr", "add", f"{host.address}/30", "dev", INTERFACE)
-        for interface in ("lo", INTERFACE):
-            call("ip", "-n", host.name, "link", "set", interface, "up")
-        call("tc", "-n", host.name, "qdisc", "add", "dev", INTERFACE, "root", *shaping(rate))
 
 
 def access(folder: Path) -> dict[str, str]:
@@ -181,46 +228,39 @@ def access(folder: Path) -> dict[str, str]:
             "RAY_USAGE_STATS_ENABLED": "0", **EVERYWHERE}  # fmt: skip
 
 
-def start_node(pair: Pair, index: int, cpus: int, folder: Path) -> subprocess.Popen[bytes]:
-    """A node of Ray on a host, once it has started: the head on the first, one that joins it on the second."""
-    host, log = pair.hosts[index], folder / f"ray-{index}.log"
-    temporary = folder / "ab"[index]  # short: the paths of Ray's sockets have at most 107 characters
-    part = ["--head", "--port", str(PORT), "--include-dashboard", "false"] if index == 0 else ["--address", pair.ray]
+def without_others() -> list[str]:
+    """What runs a command without the variables that speak of another Ray."""
+    return ["env", *(f"--unset={name}" for name in OTHERS)]
+
+
+def start_node(
+    host: NamespaceHost, environment: Mapping[str, str], folder: Path, cpus: int, store_bytes: int, head: str | None,
+    more: Sequence[str],
+) -> subprocess.Popen[bytes]:  # fmt: skip
+    """A node of Ray on a host, once it has started.
+
+    Args:
+        head: the address of the one that it joins; None: it is the head.
+        more: further options of `ray start`.
+
+    Raises:
+        RunError: it did not start in `START_S`.
+    """
+    letter = host.name[-1]
+    log, temporary = folder / f"ray-{letter}.log", folder / letter
+    part = ["--head", "--port", str(PORT)] if head is None else ["--address", f"{head}:{PORT}"]
     command = host.command(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", *part, "--node-ip-address", host.address,
-         "--num-cpus", str(cpus), "--object-store-memory", str(STORE_BYTES), "--temp-dir", str(temporary),
-         "--disable-usage-stats", "--block"]
+        [*without_others(), sys.executable, "-m", "ray.scripts.scripts", "start", *part, *more,
+         "--node-ip-address", host.address, "--num-cpus", str(cpus), "--object-store-memory", str(store_bytes),
+         "--temp-dir", str(temporary), "--disable-usage-stats", "--block"]
     )  # fmt: skip
-    for variable in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR"):  # they would go first
-        os.environ.pop(variable, None)
-    node = spawn(command, pair.environment, log)
+    node = spawn(command, environment, log)
     deadline = time.monotonic() + START_S
     while "Ray runtime started" not in (said := log.read_text(encoding="utf-8", errors="replace")):
         ended = os.waitid(os.P_PID, node.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         if ended is not None or time.monotonic() > deadline:
             end_group(node)
             last = (said.strip() or "it said nothing").splitlines()[-1]
-            raise RunError(f"Ray's node on host {'ab'[index]} did not start in {START_S:g} s: {last}", phase="bench")
+            raise RunError(f"Ray's node on host {letter} did not start in {START_S:g} s: {last}", phase="bench")
         time.sleep(0.1)
     return node
-
-
-def remove(host: NamespaceHost) -> None:
-    """End what runs in a namespace and delete it; a namespace that is not there is fine."""
-    deadline = time.monotonic() + END_S
-    with contextlib.suppress(OSError):
-        while (pids := host.pids()) and time.monotonic() < deadline:
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
-        call("ip", "netns", "del", host.name)
-
-
-def sweep() -> None:
-    """Remove the namespaces of invocations that were killed."""
-    pattern = re.compile(NAME.format(pid=r"(\d+)", number=r"\d+", letter="[abt]"))
-    for line in call("ip", "netns", "list").splitlines():
-        found = pattern.fullmatch(line.split(" ")[0])
-        if found and not Path("/proc", found[1]).exists():
-            remove(NamespaceHost(found[0], ""))

@@ -1,4 +1,4 @@
-"""100 trials that do nothing: `kind: sweep` against plain Tune, two at a time on one Ray; and Optuna alone.
+"""100 trials that do nothing: `kind: sweep` against Tune, two at a time on one Ray; and Optuna alone.
 
 Seconds are of the whole call, `distml.run` or connecting and `Tuner.fit`, in a process that has imported what it needs.
 """
@@ -20,7 +20,13 @@ from distml.bench.table import cells, summary
 
 OPTIONS = ("repeats", "contenders")
 TRIALS, AT_ONCE = 100, 2
-LABELS = {"ours": "distml sweep", "tune": "Tune, plain", "optuna": "Optuna alone, one process"}
+LABELS = {
+    "ours": "distml sweep",
+    "tune": "Tune, plain",
+    "reuse": "Tune, reuse_actors",
+    "optuna": "Optuna alone, one process",
+}
+SLOW = ("tune",)  # it takes minutes: once is enough
 SPEC = """\
 distml: v1
 kind: sweep
@@ -40,7 +46,7 @@ objective: {{metric: eval/score, mode: max}}
 
 
 def measure(repeats: int = 3, contenders: Sequence[str] = ()) -> dict[str, Any]:
-    """Let them take turns.
+    """Let them take turns; Tune without `reuse_actors` runs once.
 
     Raises:
         RunError: one failed.
@@ -53,6 +59,8 @@ def measure(repeats: int = 3, contenders: Sequence[str] = ()) -> dict[str, Any]:
     with local_ray(cpus=AT_ONCE) as address:
         for repeat in range(repeats):
             for name in in_turn(names, repeat, repeats):
+                if name in SLOW and found[name]:
+                    continue
                 found[name].append(once(name, address))
                 tell(f"sweep, {LABELS[name]}: {found[name][-1]:.2f} s")
     seconds = {name: summary(values) for name, values in found.items()}
@@ -66,8 +74,9 @@ def once(name: str, address: str) -> float:
             spec = Path(folder) / "spec.yaml"
             spec.write_text(SPEC.format(folder=folder, trials=TRIALS, at_once=AT_ONCE))
             spawn([str(PEERS / "our_over.py"), str(spec), address, folder], {}, LIMIT_S)
-        elif name == "tune":
-            spawn([str(PEERS / "tune_noop.py"), "sweep", address, folder, str(TRIALS), str(AT_ONCE), "0"], {}, LIMIT_S)
+        elif name in ("tune", "reuse"):
+            what = "sweep" if name == "tune" else "sweep-reuse"
+            spawn([str(PEERS / "tune_noop.py"), what, address, folder, str(TRIALS), str(AT_ONCE), "0"], {}, LIMIT_S)
         else:
             spawn([str(PEERS / "optuna_noop.py"), folder, str(TRIALS)], {}, LIMIT_S)
         said = json.loads((Path(folder) / "said.json").read_text())

@@ -60,6 +60,12 @@ def patience_s(job: JobSpec) -> float:
     return max(PATIENCE_S, PATIENCE_FACTOR * job.limits.lost_after_s)
 
 
+def blocked_cause(job: JobSpec, activity: str, motionless_s: float) -> str:
+    """Why a process that blocks in its own work is ended, one line."""
+    return (f"it has not moved in {activity} for {motionless_s:.0f} s, of {patience_s(job):g} s allowed, and was ended; "
+            f"if that is no block, raise limits.lost_after_s to more than a {PATIENCE_FACTOR:.0f}th of what it needs")  # fmt: skip
+
+
 def prepare_process(job: JobSpec) -> None:
     """Threads as the spec says, before torch starts its own."""
     threads = job.resources.cpus_per_worker

@@ -29,7 +29,7 @@ from distml.exchange.segment import Segment, lacking, read_kept
 from distml.inject import Injection
 from distml.memory import out_of_memory_kills
 from distml.runs.probe import Probe
-from distml.runtime.actors import ServerActor, Way, WorkerActor, end_process, patience_s
+from distml.runtime.actors import ServerActor, Way, WorkerActor, blocked_cause, end_process, patience_s
 from distml.runtime.connection import connect, diverted_output
 from distml.runtime.cut import Cut, join_captures
 from distml.runtime.deaths import cause_of_death
@@ -264,7 +264,7 @@ class RayRuntime:
         self.heard |= {f"rank {rank}": time.monotonic() for rank in ranks}
 
     def _ask(self, calls: Mapping[str, Any], awaited: str) -> list[Any]:
-        """Every role's answer, within `limits.start_s`.
+        """Every role's answer, within `limits.start_s`; one that died is noticed while others wait for it.
 
         Raises:
             ProcessLostError: a process died, or lost the peer that it needed for its answer.
@@ -272,22 +272,29 @@ class RayRuntime:
         """
         limit = self.job.limits.start_s
         deadline = time.monotonic() + limit
-        answers = []
-        for role, call in calls.items():
-            try:
-                answers.append(ray.get(call, timeout=max(0.0, deadline - time.monotonic())))
-            except ray.exceptions.GetTimeoutError:
+        pending, answers = {call: role for role, call in calls.items()}, {}
+        while pending:
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                role = next(iter(pending.values()))
                 raise UsageError(
                     f"waited {limit:g} s for {role}, for {awaited}; see {self.directory}/logs, or raise limits.start_s"
-                ) from None
-            except ray.exceptions.RayActorError as error:
-                raise ProcessLostError(role, self._cause(error), awaited) from None
-            except PeerLost as error:
-                cause = " ".join(str(getattr(error, "cause", error)).split())[-200:]
-                raise ProcessLostError(self._who_died() or role, cause, awaited) from None
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-        return answers
+                )
+            role = pending.pop(ready[0])
+            answers[role] = self._answer(role, ready[0], awaited)
+        return [answers[role] for role in calls]
+
+    def _answer(self, role: str, call: Any, awaited: str) -> Any:
+        """What a call has come to."""
+        try:
+            return ray.get(call)
+        except ray.exceptions.RayActorError as error:
+            raise ProcessLostError(role, self._cause(error), awaited) from None
+        except PeerLost as error:
+            cause = " ".join(str(getattr(error, "cause", error)).split())[-200:]
+            raise ProcessLostError(self._who_died() or role, cause, awaited) from None
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
 
     def _who_died(self) -> str | None:
         """The first process that no longer exists, where another one has missed it."""
@@ -484,8 +491,7 @@ class RayRuntime:
                     self.heard[role], self.phases[role] = now, activity
                     if motionless_s > patience_s(self.job):
                         self._end(role)
-                        self._mark_lost(role, f"it has not moved in {activity} for {motionless_s:.0f} s and was ended; "
-                                        "if that is no block, raise limits.lost_after_s")  # fmt: skip
+                        self._mark_lost(role, blocked_cause(self.job, activity, motionless_s))
                 except ray.exceptions.RayActorError as error:
                     self._mark_lost(role, self._cause(error))
                 except Exception as error:  # an exchange that failed where nobody waits for its result

@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from distml.exchange.layout import Array
 from distml.memory import out_of_memory_kills
 from distml.population.host import Advanced, Answer, Copied, Gone, Handle, Ready
-from distml.runtime.actors import PATIENCE_FACTOR, patience_s
+from distml.runtime.actors import blocked_cause, patience_s
 from distml.runtime.connection import connect, diverted_output
 from distml.runtime.cut import Cut
 from distml.runtime.deaths import cause_of_death
@@ -327,9 +327,7 @@ class RayHost:
         if step is not None:  # it may have been asked before the newest interval was answered
             slot.step = max(step, slot.step or 0)
         if motionless_s > patience_s(self.base):
-            self._end(slot, f"it has not moved in {activity} for {motionless_s:.0f} s, of {patience_s(self.base):g} s "
-                            "allowed, and was ended; if that is no block, raise limits.lost_after_s to more than a "
-                            f"{PATIENCE_FACTOR:.0f}th of what it needs")  # fmt: skip
+            self._end(slot, blocked_cause(self.base, activity, motionless_s))
 
     def _cause(self, error: Exception) -> str:
         """Why a process died, in one line."""

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch
 import yaml
 
 import distml
-from distml.bench import hosts
-from distml.bench.hosts import call, missing, two_hosts
+from distml.bench import hosts, network
+from distml.bench.hosts import two_hosts
+from distml.bench.network import call, missing
 from distml.errors import UsageError
 from distml.launch.evaluate import load_model
 from distml.runtime.placement import in_rank_order
@@ -148,8 +150,6 @@ def test_ranks_begin_on_the_drivers_node(nodes, here, order):
 @needs_hosts
 def test_the_link_is_as_fast_as_it_was_told_and_no_faster():
     """A megabyte at 20 Mbit/s takes 0.4 s, less what fits into the bucket; unshaped it takes milliseconds."""
-    a, b = (hosts.NamespaceHost(f"distml-{os.getpid()}-rate-{letter}", address)
-            for letter, address in zip("ab", hosts.ADDRESSES, strict=True))  # fmt: skip
     receive = (
         "import socket, sys; s = socket.create_server((sys.argv[1], 5000)); print(flush=True); c, _ = s.accept()\n"
         "n = 0\nwhile n < 2**20: n += len(c.recv(65536))\nc.sendall(b'x')"
@@ -158,8 +158,8 @@ def test_the_link_is_as_fast_as_it_was_told_and_no_faster():
         "import socket, sys, time; s = socket.create_connection((sys.argv[1], 5000), 10); t = time.monotonic()\n"
         "s.sendall(bytes(2**20)); s.recv(1); print(time.monotonic() - t)"
     )
-    try:
-        hosts.link((a, b), "20mbit")
+    with network.network("20mbit") as (net, _):
+        a, b = net.add(), net.add()
         with subprocess.Popen(
             b.command([sys.executable, "-c", receive, b.address]), stdout=subprocess.PIPE
         ) as receiver:
@@ -167,9 +167,6 @@ def test_the_link_is_as_fast_as_it_was_told_and_no_faster():
             seconds = float(call(*a.command([sys.executable, "-c", send, b.address])))
         assert a.bytes_sent() > 2**20 > b.bytes_sent()
         assert seconds > 0.25
-    finally:
-        hosts.remove(a)
-        hosts.remove(b)
     assert a.name not in call("ip", "netns", "list")
 
 
@@ -177,20 +174,20 @@ def test_the_link_is_as_fast_as_it_was_told_and_no_faster():
 def test_all_that_ran_is_gone_after_a_failure(monkeypatch):
     made = []
 
-    def no_ray(pair, index, cpus, folder):
-        made.extend([pair, subprocess.Popen(pair.hosts[1].command(["sleep", "600"]))])
-        while not pair.hosts[1].pids():
+    def no_ray(host, environment, *rest):
+        made.extend([host, Path(environment["RAY_AUTH_TOKEN_PATH"]), subprocess.Popen(host.command(["sleep", "600"]))])
+        while not host.pids():
             time.sleep(0.01)
-        assert oct(Path(pair.environment["RAY_AUTH_TOKEN_PATH"]).stat().st_mode)[-3:] == "600"
+        assert oct(made[1].stat().st_mode)[-3:] == "600"
         raise RuntimeError("Ray does not start")
 
     monkeypatch.setattr(hosts, "start_node", no_ray)
     with pytest.raises(RuntimeError, match="does not start"), two_hosts("1gbit"):
         pass
-    pair, sleeper = made
+    host, token, sleeper = made
     assert sleeper.wait(5.0) == -signal.SIGKILL
-    assert pair.hosts[0].name not in call("ip", "netns", "list")
-    assert not Path(pair.environment["RAY_AUTH_TOKEN_PATH"]).exists()
+    assert host.name not in call("ip", "netns", "list")
+    assert not token.exists()
 
 
 @needs_hosts
@@ -198,15 +195,18 @@ def test_leftovers_of_killed_invocations_are_removed():
     child = subprocess.Popen(["true"])
     child.wait()
     stale, mine = f"distml-{child.pid}-0-a", f"distml-{os.getpid()}-99-a"
+    folders = [Path(tempfile.mkdtemp(prefix=network.FOLDER.format(pid=pid))) for pid in (child.pid, os.getpid())]
     for name in (stale, mine):
         call("ip", "netns", "add", name)
     try:
-        hosts.sweep()
+        network.sweep()
         names = call("ip", "netns", "list")
         assert stale not in names
         assert mine in names
+        assert [folder.exists() for folder in folders] == [False, True]
     finally:
         call("ip", "netns", "del", mine)
+        folders[1].rmdir()
 
 
 def test_without_the_rights_or_tools_it_is_one_line(monkeypatch):
@@ -214,6 +214,6 @@ def test_without_the_rights_or_tools_it_is_one_line(monkeypatch):
     with pytest.raises(UsageError, match="need root"), two_hosts("1gbit"):
         pass
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(hosts.shutil, "which", lambda tool: None if tool == "tc" else tool)
+    monkeypatch.setattr(network.shutil, "which", lambda tool: None if tool == "tc" else tool)
     with pytest.raises(UsageError, match="need 'tc', which is not installed"), two_hosts("1gbit"):
         pass

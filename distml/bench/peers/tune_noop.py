@@ -1,7 +1,7 @@
 """The peer of `distml bench population`: Ray Tune with trainables that do nothing.
 
 Usage: python tune_noop.py pbt|pbt-reuse ADDRESS FOLDER MEMBERS ITERATIONS EVERY
-       python tune_noop.py sweep ADDRESS FOLDER TRIALS AT-ONCE 0
+       python tune_noop.py sweep|sweep-reuse ADDRESS FOLDER TRIALS AT-ONCE 0
 
 Writes FOLDER/ticks-NAME, a line for each iteration with the time at which it began, and FOLDER/said.json: seconds of
 `fit`, and how many exploits there were.
@@ -88,13 +88,15 @@ def population(folder: str, members: int, iterations: int, every: int, reuse: bo
     return {"fit_s": time.perf_counter() - began, "exploits": scheduler.num_exploits, "errors": results.num_errors}
 
 
-def sweep(folder: str, trials: int, at_once: int) -> dict[str, float]:
+def sweep(folder: str, trials: int, at_once: int, reuse: bool) -> dict[str, float]:
     """Trials that report once and end."""
     began = time.perf_counter()
     tuner = tune.Tuner(
         tune.with_resources(once, {"cpu": 1}),
         param_space={"lr": tune.loguniform(1e-3, 1.0)},
-        tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=at_once, metric="score", mode="max"),
+        tune_config=tune.TuneConfig(
+            num_samples=trials, max_concurrent_trials=at_once, metric="score", mode="max", reuse_actors=reuse
+        ),
         run_config=tune.RunConfig(storage_path=f"{folder}/tune", verbose=0),
     )
     results = tuner.fit()
@@ -107,8 +109,8 @@ def main(what: str, address: str, folder: str, *numbers: str) -> None:
     first, second, third = map(int, numbers)
     began = time.perf_counter()
     ray.init(address=address, log_to_driver=False)
-    if what == "sweep":
-        said = sweep(folder, first, second)
+    if what.startswith("sweep"):
+        said = sweep(folder, first, second, reuse=what == "sweep-reuse")
     else:
         said = population(folder, first, second, third, reuse=what == "pbt-reuse")
     said["whole_s"] = time.perf_counter() - began
