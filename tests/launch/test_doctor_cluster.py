@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 from own.small_ray import small_ray
 
-from distml.bench.hosts import missing, two_hosts
+from distml.bench.hosts import two_hosts
+from distml.bench.network import missing
 from distml.errors import UsageError
 from distml.launch import doctor_cluster
 from distml.launch.doctor_cluster import cluster_findings, cluster_of, for_plan, known_card, links, nodes
