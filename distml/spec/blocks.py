@@ -5,12 +5,13 @@ Shorthands, overrides, messages and the JSON schema are all derived from here, s
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from distml.spec.base import OWN, Block, OwnBlock
+from distml.spec.base import NUMBER, OWN, RANGE, Block, OwnBlock
 from distml.spec.schema import BestSpec, JobSpec
 from distml.spec.yaml import KeyPath
 
@@ -24,10 +25,15 @@ def keys_of(block: type[Block]) -> list[str]:
 
 def blocks_under(block: type[Block], key: str) -> list[type[Block]]:
     """The blocks that may stand under a key (or in the list under it); several where `name` chooses."""
+    return list(_blocks_under(block, key))
+
+
+@functools.cache  # a search checks a spec for each thing that it tries
+def _blocks_under(block: type[Block], key: str) -> tuple[type[Block], ...]:
     for name, info in block.model_fields.items():
         if key == (info.alias or name):
-            return list(_blocks_in(info.annotation))
-    return []
+            return tuple(_blocks_in(info.annotation))
+    return ()
 
 
 def _blocks_in(annotation: Any) -> Iterator[type[Block]]:
@@ -146,13 +152,15 @@ class Place:
 
 
 def locate(loc: tuple[str | int, ...], root: type[Block] = JobSpec) -> Place:
-    """The place of a pydantic location, which also holds the names that chose a union's member."""
+    """The place of a pydantic location, which also holds the names and tags that chose a union's member."""
     path: list[str | int] = []
     around: list[type[Block]] = []
     here: list[type[Block]] = [root]
     for part in loc:
         if len(here) > 1 and isinstance(part, str):
             here = [block for block in here if part in names_of(block)]
+            continue
+        if part in (NUMBER, RANGE):
             continue
         path.append(part)
         if isinstance(part, str):
