@@ -17,6 +17,7 @@ NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 ALL_OFFERS: Offers = frozenset({"group_mean", "whole_weights", "one_version"})
 OWN = "module:Class"
+NUMBER, RANGE = "a number", "a range"  # what a key that takes either has got
 OWN_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 
 

@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator
 
 from distml.spec.base import StrategyBlock
+from distml.spec.elastic_rules import check_elastic
 from distml.spec.image_rules import check_images
 from distml.spec.language_rules import TextTaskSpecs, check_text, task_tokens
 from distml.spec.matrix import refusal
 from distml.spec.messages import Problem
+from distml.spec.placement_rules import check_placement
 from distml.spec.rl import ActingBlock
 from distml.spec.rl_rules import check_acting, check_bandit
 from distml.spec.schema import (
@@ -50,6 +52,8 @@ def check_rules(job: JobSpec, own_needs: frozenset[str] | None = None) -> Iterat
     yield from _schedule(job, job.optimizer.schedule)
     yield from _stop(job)
     yield from _inline(job)
+    yield from check_elastic(job)
+    yield from check_placement(job)
     if isinstance(job.task, ActingBlock):
         yield from check_acting(job, job.task)
     if isinstance(job.task, BanditSpec):
@@ -135,17 +139,27 @@ def _needs(job: JobSpec, own_needs: frozenset[str] | None) -> Iterator[Problem]:
 
 def _equal_micro_batches(job: JobSpec, why: str) -> Iterator[Problem]:
     """A collective in every micro-batch must be called equally often by every worker."""
-    workers, batch_size, size = job.resources.workers, job.batch_size, job.micro_batch_size
+    elastic, largest = job.resources.elastic, job.resources.workers
+    for workers in range(elastic.min if elastic is not None else largest, largest + 1):
+        problem = _unequal(job, why, workers)
+        if problem is not None:
+            yield problem
+            return
+
+
+def _unequal(job: JobSpec, why: str, workers: int) -> Problem | None:
+    batch_size, size = job.batch_size, job.micro_batch_size
     if size is None or batch_size < workers:
-        return
+        return None
     fewest, most = math.ceil(batch_size // workers / size), math.ceil(math.ceil(batch_size / workers) / size)
-    if fewest != most:
-        yield Problem(
-            f"{why} in every micro-batch, but batch_size {batch_size} over {workers} "
-            f"workers in pieces of {size} is {most} micro-batches on some and {fewest} on others; "
-            "set batch_size to a multiple of the workers or change micro_batch_size",
-            (("micro_batch_size",),),
-        )
+    if fewest == most:
+        return None
+    return Problem(
+        f"{why} in every micro-batch, but batch_size {batch_size} over {workers} "
+        f"workers in pieces of {size} is {most} micro-batches on some and {fewest} on others; "
+        "set batch_size to a multiple of the workers or change micro_batch_size",
+        (("micro_batch_size",),),
+    )
 
 
 def _batch(job: JobSpec) -> Iterator[Problem]:

@@ -6,14 +6,17 @@ The models are strict (no silent conversion), closed (an unknown key is an error
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
+from distml.spec.accelerators import canonical_accelerator
 from distml.spec.architectures import NasNetSpec, StagesSpec
 from distml.spec.base import (
     ALL_OFFERS,
+    NUMBER,
     OWN,
+    RANGE,
     Block,
     Count,
     Fraction,
@@ -160,9 +163,10 @@ class ParameterServerSpec(StrategyBlock):
     mode: Literal["sync", "async", "ssp"] = Field("sync", description="barrier, no wait, or bounded staleness")
     max_staleness: Annotated[int, Field(ge=0)] | None = Field(None, description="ssp only: the bound, in versions")
     servers: Count = Field(1, description="processes that the weights are cut over; none are started in shared memory")
-    server_placement: Literal["spread", "colocated"] = Field(
-        "spread", description="servers over all nodes in turn, or on the workers' nodes only"
+    server_placement: Literal["spread", "colocated", "apart"] = Field(
+        "spread", description="servers over all nodes in turn, on the workers' nodes only, or on nodes without workers"
     )
+    server_labels: dict[str, str] = Field({}, description="labels of the servers' nodes, as resources.labels has them")
     compression: CompressionSpec | None = Field(None, description="bf16, int8, topk or powersgd: of what is pushed")
     prefetch: bool = Field(False, description="async, ssp: pull while the next gradient is computed; costs one version")
     staleness_scaling: bool = Field(False, description="async, ssp: a gradient's step is divided by max(1, staleness)")
@@ -178,6 +182,11 @@ class ParameterServerSpec(StrategyBlock):
     @property
     def label(self) -> str:
         return f"{self.name}/{self.mode}"
+
+    @property
+    def places_servers(self) -> bool:
+        """Whether it says where servers are, so that there must be some."""
+        return self.server_placement == "apart" or bool(self.server_labels)
 
 
 class AverageSpec(Block):
@@ -339,15 +348,51 @@ class LogSpec(Block):
     to: list[Literal["tensorboard"]] = ["tensorboard"]
 
 
+class WorkersSpec(Block):
+    """As many workers as there is room for: fewer when a node is lost, more when one comes."""
+
+    min: Count
+    max: Count
+
+
+def _number_or_range(value: Any) -> str:
+    return RANGE if isinstance(value, (dict, WorkersSpec)) else NUMBER
+
+
 class ResourcesSpec(Block):
-    workers: Count = 1
+    size: Annotated[
+        Annotated[Count, Tag(NUMBER)] | Annotated[WorkersSpec, Tag(RANGE)], Discriminator(_number_or_range)
+    ] = Field(1, alias="workers", description="a number, or {min, max} for a group that shrinks and grows")
     cpus_per_worker: Count = Field(1, description="logical CPUs and torch threads of each worker")
     gpus_per_worker: Annotated[int, Field(ge=0)] = 0
-    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
+        "pack", description="workers on few nodes or on many; strict_: on one node, or each on a node of its own"
+    )
+    accelerator: Annotated[str, AfterValidator(canonical_accelerator)] | None = Field(
+        None, description="what the workers' nodes must have, as Ray names it: L4, A100, H100, ..."
+    )
+    labels: dict[str, str] = Field(
+        {}, description="labels that the workers' nodes must have, such as zone: us-west-2a; also !value, in(a, b)"
+    )
+
+    @property
+    def workers(self) -> int:
+        """How many there are; of an elastic group the most."""
+        return self.size.max if isinstance(self.size, WorkersSpec) else self.size
+
+    @property
+    def elastic(self) -> WorkersSpec | None:
+        """The range of a group that shrinks and grows; None: it does neither."""
+        return self.size if isinstance(self.size, WorkersSpec) else None
 
 
 class LimitsSpec(Block):
     start_s: Positive = Field(120.0, description="until all processes are placed and have built the task")
+    queue: bool | None = Field(
+        None,
+        description="what no node has is waited for (true) or refused at once (false); null: waited for where an "
+        "autoscaler can add it. What others use is always waited for",
+    )
     heartbeat_s: Positive = Field(2.0, description="between two looks at each process")
     lost_after_s: Positive = Field(30.0, description="without an answer: the process is taken for dead")
     max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="recoveries before the run fails")
@@ -393,3 +438,7 @@ class JobSpec(Block):
     def rows_at_once(self) -> int:
         """Examples of a worker's largest micro-batch: so many its memory has room for."""
         return self.micro_batch_size or -(-self.batch_size // self.resources.workers)
+
+    def with_workers(self, number: int) -> JobSpec:
+        """The job of a group that has so many workers now."""
+        return self.model_copy(update={"resources": self.resources.model_copy(update={"size": number})})

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from distml.errors import UsageError
+from distml.spec.elastic_rules import refuse_elastic
 from distml.spec.messages import Problem, near, shorten
 from distml.spec.nas import NasSpec, RewardSpec
 from distml.spec.nas_rules import check_nas
@@ -50,6 +51,7 @@ def check_search(job: OverJobs, variant: Variant) -> list[Problem]:
 
 def _problems(job: OverJobs, variant: Variant) -> Iterator[Problem]:
     assert isinstance(job, (PopulationSpec, SweepSpec, NasSpec))
+    yield from refuse_elastic(job.base, job.kind)
     space: Space = ()
     if not (isinstance(job, NasSpec) and "name" in job.space):
         space, problems = parse_space(job.space)
