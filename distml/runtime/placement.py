@@ -40,17 +40,27 @@ def check_resources(job: JobSpec, private: bool) -> None:
         raise UsageError(f"strict_spread asks for {resources.workers} nodes, the cluster has {len(nodes)}")
 
 
+def bundle_of(job: JobSpec) -> dict[str, float]:
+    """What each worker asks of its node."""
+    resources = job.resources
+    bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        bundle["GPU"] = resources.gpus_per_worker
+    return bundle
+
+
+def reserve(job: JobSpec) -> PlacementGroup:
+    """Ask Ray for a bundle for each worker, without waiting for it."""
+    return placement_group([bundle_of(job)] * job.resources.workers, strategy=job.resources.placement.upper())
+
+
 def place(job: JobSpec) -> PlacementGroup:
     """A bundle for each worker, once Ray has found room for all.
 
     Raises:
         UsageError: it has not after `limits.start_s`.
     """
-    resources = job.resources
-    bundle: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        bundle["GPU"] = resources.gpus_per_worker
-    group = placement_group([bundle] * resources.workers, strategy=resources.placement.upper())
+    resources, bundle, group = job.resources, bundle_of(job), reserve(job)
     if not group.wait(job.limits.start_s):
         available = {name: ray.available_resources().get(name, 0) for name in bundle}
         remove_placement_group(group)
