@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distml.errors import UsageError
+from distml.errors import RunError, UsageError
 from distml.events import Evaluated, Failed, Finished, Report
 from distml.exchange.flat import CopyVector, copy_vector
 from distml.exchange.layout import Array, Layout
@@ -222,12 +222,16 @@ class Member:
 
         Raises:
             UsageError: the other one's model has another shape.
+            MemberError: a process of its own died.
         """
         self._check_size(cut)
         self.training.load(copied(*self.training.standing(), cut))
-        self.apply(job)
-        self.evaluated_at = -1
-        return self.live(watch)
+        try:
+            self.apply(job)
+            self.evaluated_at = -1
+            return self.live(watch)
+        except RunError as error:  # a process of its own has died since the last interval: nobody listened
+            raise MemberError("died", f"{error.role}: {error.message}", "copy", self.step) from error
 
     def _check_size(self, cut: Cut) -> None:
         theirs, own = int(cut.shared["weights"].size), self.training.layout.numel

@@ -62,8 +62,9 @@ def patience_s(job: JobSpec) -> float:
 
 def blocked_cause(job: JobSpec, activity: str, motionless_s: float) -> str:
     """Why a process that blocks in its own work is ended, one line."""
-    return (f"it has not moved in {activity} for {motionless_s:.0f} s, of {patience_s(job):g} s allowed, and was ended; "
-            f"if that is no block, raise limits.lost_after_s to more than a {PATIENCE_FACTOR:.0f}th of what it needs")  # fmt: skip
+    allowed = f"it has not moved in {activity} for {motionless_s:.0f} s, of {patience_s(job):g} s allowed"
+    return (f"{allowed}, and was ended; if that is no block, raise limits.lost_after_s to more than a "
+            f"{PATIENCE_FACTOR:.0f}th of what it needs")  # fmt: skip
 
 
 def prepare_process(job: JobSpec) -> None:

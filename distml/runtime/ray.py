@@ -451,13 +451,19 @@ class RayRuntime:
 
     def _next(self, rank: int) -> Event | None:
         """The next event of a worker's stream; the end of the stream or the worker gives None."""
+        role = f"rank {rank}"
         try:
-            event = cast(Event, ray.get(next(self.streams[rank])))
+            event = cast(Event, ray.get(next(self.streams[rank]), timeout=self.job.limits.lost_after_s))
         except StopIteration:
             del self.streams[rank]
+            if rank not in self.finished and role not in self.broken:  # nobody else would ever miss it
+                self._mark_lost(role, "its events ended before it had finished")
             return None
         except ray.exceptions.RayActorError as error:
-            self._mark_lost(f"rank {rank}", self._cause(error))
+            self._mark_lost(role, self._cause(error))
+            return None
+        except ray.exceptions.GetTimeoutError:
+            self._mark_lost(role, f"an event of it did not arrive for {self.job.limits.lost_after_s:g} s")
             return None
         self.heard[f"rank {rank}"] = time.monotonic()
         if isinstance(event, Finished):
