@@ -63,7 +63,9 @@ def connect(address: str | None, cpus: int, start_s: float) -> bool:
             f"warning: the job asks for {cpus} CPUs, this machine has {cores}; workers will share them",
             file=sys.stderr,
         )
-    ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=object_store_bytes(), **quiet)
+    # "local": else Ray would take whatever cluster was started last on this machine.
+    store = object_store_bytes()
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **quiet)
     return True
 
 

@@ -12,6 +12,7 @@ def small_ray() -> Iterator[str]:
     prepare_authentication(None)
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+             object_store_memory=200 * 2**20)  # fmt: skip
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
