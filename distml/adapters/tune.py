@@ -38,6 +38,7 @@ from distml.errors import RunError, UsageError
 from distml.population.closing import best_text, test_scores
 from distml.population.context import OverContext
 from distml.runs.files import write_atomically
+from distml.runs.over import ENDS
 from distml.runs.units import number
 from distml.runtime.connection import connect, diverted_output
 from distml.runtime.endings import StopSignals, close_all, close_within, record_of_end
@@ -142,7 +143,7 @@ class SweepRun:
         self.display.start(f"{planned or 'any number of'} trials, {job.sampler.name}, {job.scheduler.name}, "
                            f"{self.slots} at the same time, on Ray Tune")  # fmt: skip
         if book.trials:
-            ended = sum(1 for _ in book.ended("finished", "stopped", "failed"))
+            ended = sum(1 for _ in book.ended(*ENDS))
             self.display.note(f"resuming: {ended} trials have ended, {len(state.waiting)} are run again")
         if self.sampler.lag is not None and job.max_concurrent is None:
             self.display.note(f"{job.sampler.name} learns from trials that are {self.sampler.lag} back; it depends on "
@@ -223,7 +224,7 @@ class SweepRun:
     def _no_best(self) -> RunError:
         """What a sweep ends with that has come to nothing."""
         names = ", ".join(goal.metric for goal in self.book.goals)
-        ended = list(self.book.ended("finished", "stopped"))
+        ended = list(self.book.ended("finished", "stopped", "diverged"))
         if not ended:
             return RunError(f"no trial finished; the last one failed: {self.book.last_error}", role="trial",
                             phase="train")  # fmt: skip
@@ -261,15 +262,11 @@ class SweepRun:
         return entry
 
     def _closing_lines(self, best: TrialRecord) -> Iterator[str]:
-        counts = {event: sum(not trial.has_diverged for trial in self.book.ended(event))
-                  for event in ("finished", "stopped", "failed")}  # fmt: skip
-        diverged = [trial for trial in self.book.ended("finished", "stopped") if trial.has_diverged]
-        yield (f"{len(self.book.trials)} trials: {counts['finished']} finished, {counts['stopped']} stopped early, "
-               f"{len(diverged)} diverged, {counts['failed']} failed")  # fmt: skip
-        for trial in diverged:
-            yield f"trial {trial.name} diverged: {trial.error} ({describe_values(trial.values)})"
-        for trial in self.book.ended("failed"):
-            yield f"trial {trial.name} failed: {trial.error} ({describe_values(trial.values)})"
+        counts = [f"{sum(1 for _ in self.book.ended(event))} {words}" for event, words in ENDS.items()]
+        yield f"{len(self.book.trials)} trials: {', '.join(counts)}"
+        for event in ("diverged", "failed"):
+            for trial in self.book.ended(event):
+                yield f"trial {trial.name} {event}: {trial.error} ({describe_values(trial.values)})"
         if len(self.book.goals) > 1:
             for trial in self.book.front():
                 scores = ", ".join(

@@ -1,6 +1,6 @@
 """What a sweep keeps of its trials: the journal, each trial's folder, and which of them is the best. No ray, no torch.
 
-    DIR/trials.jsonl                                      proposed, finished, stopped, failed, retried: in this order
+    DIR/trials.jsonl                                      proposed, then retried or one of `ENDS`: in this order
     DIR/trials/NNNN/{spec.yaml, metrics.jsonl, result.json, checkpoints/}    checkpoints: of the best ones only
 
 The journal alone decides what a resume goes on from: a line counts once its newline is written, and is written before
@@ -21,6 +21,7 @@ from distml.adapters.tune_samplers import Sampler, Values
 from distml.population.trials import FILE, FOLDER, TrialFolder
 from distml.runs.directory import MetricsFile, RunDirectory
 from distml.runs.files import write_atomically
+from distml.runs.over import ENDS, event_of
 from distml.runs.pareto import pareto_front
 from distml.spec.loader import LoadedSpec, with_values
 from distml.spec.schema import BestSpec
@@ -28,15 +29,14 @@ from distml.spec.search_rules import objectives_of
 from distml.spec.sweep import SweepSpec
 from distml.tasks.sources import SourceTree
 
-ENDS = ("finished", "stopped", "failed")
-
 
 @dataclass
 class TrialRecord:
     """One trial, as far as it has come.
 
     Attributes:
-        end: how it ended; None: it has not. "stopped": by the scheduler, before its own budget was spent.
+        end: how it ended; None: it has not. "stopped": by the scheduler, before its own budget was spent; "diverged":
+            with a loss or weights that are not finite, its cause being its error.
         failures: how often it failed.
     """
 
@@ -60,11 +60,6 @@ class TrialRecord:
         if value is None or math.isnan(value):
             return -math.inf
         return float(value) if goal.mode == "max" else -float(value)
-
-    @property
-    def has_diverged(self) -> bool:
-        """Whether it has ended with a loss or weights that are not finite: in the journal with its cause."""
-        return self.end in ("finished", "stopped") and self.error is not None
 
 
 class TrialBook:
@@ -101,7 +96,7 @@ class TrialBook:
     def recall(self, sampler: Sampler) -> None:
         """Read the journal, and bring the sampler to where it was."""
         for row in self.journal.read():
-            index, event = int(row["trial"]), row["event"]
+            index, event = int(row["trial"]), event_of(row)
             self.earlier_s = float(row["wall_s"])
             if event == "proposed":
                 self.trials[index] = TrialRecord(index, dict(row["values"]))
@@ -172,7 +167,7 @@ class TrialBook:
             file.append(dict(row))
 
     def end(self, trial: TrialRecord, event: str, error: str | None = None) -> None:
-        """It has finished, was stopped, or has failed for good."""
+        """It is over, in one of the ways of `ENDS`."""
         trial.end, trial.error = event, error
         if event == "failed":
             self.last_error = error
@@ -220,7 +215,7 @@ class TrialBook:
         )  # fmt: skip
 
     def _status(self, trial: TrialRecord) -> str:
-        return "failed" if trial.end == "failed" or trial.has_diverged else "done"
+        return "failed" if trial.end in ("failed", "diverged") else "done"
 
     def _forget(self, trial: TrialRecord) -> None:
         if trial.index in self.files:

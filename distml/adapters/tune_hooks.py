@@ -26,6 +26,7 @@ from distml.adapters.tune_samplers import Sampler
 from distml.adapters.tune_trainable import DETAIL, FINISHED, AppliedDiffers, Detail
 from distml.errors import UsageError
 from distml.runs.display import Display
+from distml.runs.over import ENDS
 from distml.runs.units import number
 from distml.spec.messages import near
 
@@ -135,9 +136,9 @@ class SweepState:
 
     def _show(self, trial: TrialRecord, before: TrialRecord | None) -> None:
         goal = self.book.goals[0]
-        done, planned = sum(1 for _ in self.book.ended("finished", "stopped", "failed")), self.sampler.num_trials
+        done, planned = sum(1 for _ in self.book.ended(*ENDS)), self.sampler.num_trials
         value = trial.metrics.get(goal.metric)
-        if trial.has_diverged:
+        if trial.end == "diverged":
             self.display.note(f"trial {trial.name} has diverged: {trial.error} ({describe_values(trial.values)})")
         self.display.report(done, done / planned if planned else 0.0, {goal.metric: value})
         if self.book.best() is trial and before is not trial:
@@ -187,6 +188,8 @@ class OrderedSearcher(Searcher):  # type: ignore[misc]
         finished = (result or {}).get(FINISHED)
         if trial.error is not None and finished != "not_finite":
             self.state.fail(trial, trial.error)
+        elif trial.error is not None:
+            self.state.end(trial, "diverged")
         else:
             self.state.end(trial, "finished" if finished is not None else "stopped")
 

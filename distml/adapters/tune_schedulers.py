@@ -83,7 +83,7 @@ def replay(scheduler: TrialScheduler, book: TrialBook, job: SweepSpec) -> None:
     if not isinstance(scheduler, ASHAScheduler):
         return
     goal, step = objectives_of(job)[0], every(job)
-    for record in book.ended("finished", "stopped"):
+    for record in book.ended("finished", "stopped", "diverged"):
         trial = SimpleNamespace(trial_id=f"earlier-{record.name}")
         scheduler.on_trial_add(None, trial)
         for row in _reports(book.rows(record), goal.metric):

@@ -80,7 +80,9 @@ def has_trained(directory: RunDirectory) -> bool:
     try:
         members = json.loads(population.read_bytes())["members"].values() if population.exists() else ()
         rows = MetricsFile(trials).read()
-        return any(one["checkpoint"] for one in members) or any(row["event"] in ("finished", "stopped") for row in rows)
+        return any(one["checkpoint"] for one in members) or any(
+            row["event"] in ("finished", "stopped", "diverged") for row in rows
+        )
     except (ValueError, LookupError, TypeError, AttributeError, UsageError):
         return True  # damaged, which whoever resumes says
 

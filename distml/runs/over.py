@@ -18,6 +18,7 @@ from distml.runs.pareto import pareto_front
 
 KINDS = ("population", "sweep", "nas")
 LINEAGE, TRIALS = "lineage.jsonl", "trials.jsonl"
+ENDS = {"finished": "finished", "stopped": "ended early", "diverged": "diverged", "failed": "failed"}  # event -> words
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class Trial:
     """One trial, as far as it has come.
 
     Attributes:
-        event: proposed, finished, stopped, failed or retried: the newest.
+        event: proposed, retried or one of `ENDS`: the newest.
         cost, reward, baseline, decisions: of an architecture search.
     """
 
@@ -229,7 +230,7 @@ class Trial:
     @property
     def has_ended(self) -> bool:
         """Whether nothing more will come of it."""
-        return self.event in ("finished", "stopped", "failed")
+        return self.event in ENDS
 
     def value(self, metric: str) -> float | None:
         """A metric's last value; None: none, or it was not finite."""
@@ -257,12 +258,18 @@ def read_trials(path: Path) -> list[Trial]:
 def _trial(name: str, row: Mapping[str, Any], earlier: Trial | None) -> Trial:
     baseline = row.get("baseline")
     return Trial(
-        name, str(row["event"]), float(row.get("wall_s") or 0.0),
+        name, event_of(row), float(row.get("wall_s") or 0.0),
         dict(row.get("values") or (earlier.values if earlier else {})), int(row.get("step") or 0),
         dict(row.get("metrics") or {}), float(row.get("seconds") or 0.0), row.get("error"), row.get("cost"),
         row.get("reward"), earlier.baseline if baseline is None and earlier else baseline,
         tuple(row.get("decisions") or (earlier.decisions if earlier else ())),
     )  # fmt: skip
+
+
+def event_of(row: Mapping[str, Any]) -> str:
+    """What a line of a journal says; what has diverged had no word of its own once, and ended with an error."""
+    event = str(row["event"])
+    return "diverged" if event in ("finished", "stopped") and row.get("error") else event
 
 
 def front(trials: Sequence[Trial], objectives: Sequence[Objective], has_cost: bool = False) -> list[Trial]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distml.runs.over import Axis, Lineage, Objective, Piece, Trial, front
+from distml.runs.over import ENDS, Axis, Lineage, Objective, Piece, Trial, front
 from distml.runs.plots import COLOURS
 
 if TYPE_CHECKING:
@@ -307,9 +307,9 @@ def _finish_parallel(
     axes.set_yticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    counts = {event: sum(trial.event == event for trial in ended) for event in ("finished", "stopped", "failed")}
-    words = {"finished": "finished", "stopped": "ended early (dashed)", "failed": "failed (red cross)"}
-    said = ", ".join(f"{count} {words[event]}" for event, count in counts.items() if count)
+    drawn = {"stopped": " (dashed)", "diverged": " (red cross)", "failed": " (red cross)"}
+    counts = {event: sum(trial.event == event for trial in ended) for event in ENDS}
+    said = ", ".join(f"{count} {ENDS[event]}{drawn.get(event, '')}" for event, count in counts.items() if count)
     axes.set_title(f"{len(ended)} trials: {said}; orange: the best, {best}", fontsize=11)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from distml.runs.files import write_atomically
 from distml.runs.history import History
 from distml.runs.over import (
+    ENDS,
     Axis,
     Copy,
     Lineage,
@@ -175,7 +176,7 @@ def _trials(history: History) -> Shown:
     best = str((history.result.best or {}).get("trial", ""))
     ended = sorted((trial for trial in trials if trial.has_ended), key=lambda one: _worth(one, first, is_nas),
                    reverse=True)  # fmt: skip
-    failed = [trial for trial in trials if trial.event == "failed"]
+    failed = [trial for trial in trials if trial.event in ("diverged", "failed")]
     edge = front(trials, objectives, cost is not None) if cost or len(objectives) > 1 else []
     by = {"controller": _name(spec.get("controller"))} if is_nas else {
         key: _name(spec[key]) for key in ("sampler", "scheduler") if spec.get(key)}  # fmt: skip
@@ -194,23 +195,21 @@ def _trials(history: History) -> Shown:
         rows = [_trial_row(trial, objectives, cost, is_nas, axes) for trial in edge]
         tables.append(("Pareto front", headings, rows))
     if failed:
-        tables.append(("Failed", ("trial", "why"), [[trial.name, trial.error or "-"] for trial in failed]))
+        rows = [[trial.name, trial.event, trial.error or "-"] for trial in failed]
+        tables.append(("Failed", ("trial", "ended", "why"), rows))
     return summary, tables, _trial_pictures(trials, objectives, axes, cost, best, reward if is_nas else None)
 
 
 def _worth(trial: Trial, objective: Objective, is_nas: bool) -> tuple[bool, float]:
-    """Failed ones last, whatever they came to."""
+    """Those that failed or diverged last, whatever they came to."""
     worth = (-math.inf if trial.reward is None else trial.reward) if is_nas else objective.worth(
         trial.value(objective.metric))  # fmt: skip
-    return trial.event != "failed", worth
+    return trial.event not in ("failed", "diverged"), worth
 
 
 def _counts(trials: Sequence[Trial], wanted: int | None) -> str:
     """How many there are, and how they ended."""
-    words = {"finished": "finished", "stopped": "ended early", "failed": "failed"}
-    counts = [
-        f"{count} {word}" for event, word in words.items() if (count := sum(one.event == event for one in trials))
-    ]
+    counts = [f"{count} {word}" for event, word in ENDS.items() if (count := sum(one.event == event for one in trials))]
     going = sum(not one.has_ended for one in trials)
     counts += [f"{going} not ended"] if going else []
     return f"{len(trials)} of {wanted}: {', '.join(counts)}" if wanted else f"{len(trials)}: {', '.join(counts)}"

@@ -169,14 +169,13 @@ def test_a_trial_that_has_diverged_is_not_done_and_says_why(tmp_path):
     trial = book.propose(0, {"optimizer.lr": 0.1})
     book.prepare(trial)
     book.report(trial, 3, 1.0, {"eval/loss": math.nan}, [])
-    book.end(trial, "finished", "the loss is nan")
-    assert trial.has_diverged
-    assert not finish(book, 1, loss=0.5).has_diverged
+    book.end(trial, "diverged", "the loss is nan")
+    assert finish(book, 1, loss=0.5).end == "finished"
     record = json.loads((book.folder(0) / "result.json").read_text())
     assert (record["status"], record["error"]["message"]) == ("failed", "the loss is nan")
     again = book_of(tmp_path)
     again.recall(sampler_of(tmp_path))
-    assert again.trials[0].has_diverged
+    assert again.trials[0].end == "diverged"
 
 
 def test_the_pareto_set_is_what_nobody_dominates_and_tie_break_chooses_from_it(tmp_path):

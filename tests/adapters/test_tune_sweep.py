@@ -46,11 +46,11 @@ def test_every_trial_leaves_its_folder_failures_are_retried_and_listed_and_the_r
     notes, spec = Notes(), modes(tmp_path, "good", "broken", "broken-once", "nan")
     result = sweep(notes, **spec)
     out = tmp_path / "run"
-    assert ends(out) == {"0000": "finished", "0001": "failed", "0002": "finished", "0003": "finished"}
+    assert ends(out) == {"0000": "finished", "0001": "failed", "0002": "finished", "0003": "diverged"}
     assert [row["trial"] for row in events(out) if row["event"] == "retried"] == ["0001", "0002"]
     assert (result.status, result.best["trial"], result.step) == ("done", "0000", 9)
     assert any("trial 0001 failed: " in line and "broken by its argument" in line for line in notes.lines[-4:])
-    assert any("4 trials: 2 finished, 0 stopped early, 1 diverged, 1 failed" in line for line in notes.lines)
+    assert any("4 trials: 2 finished, 0 ended early, 1 diverged, 1 failed" in line for line in notes.lines)
     assert any("trial 0003 diverged: " in line and "loss is nan" in line for line in notes.lines[-4:])
     for name, status in (("0000", "done"), ("0001", "failed"), ("0002", "done"), ("0003", "failed")):
         record = json.loads((out / "trials" / name / "result.json").read_text())
@@ -73,7 +73,7 @@ def test_every_trial_leaves_its_folder_failures_are_retried_and_listed_and_the_r
     (out / "result.json").write_text(json.dumps({**record, "status": "running"}))
     again = sweep(notes, **spec)
     assert [(row["trial"], row["event"]) for row in events(out)[len(kept) :] if row["event"] != "retried"] == [
-        ("0003", "finished"),
+        ("0003", "diverged"),
         ("0001", "failed"),
     ]
     assert again.best == result.best

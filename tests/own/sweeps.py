@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distml.runs.over import ENDS
 from distml.spec.loader import LoadedSpec, load_spec
 
 OWN = Path(__file__).resolve().parent
@@ -50,7 +51,7 @@ def events(out: Path) -> list[dict[str, Any]]:
 
 def ends(out: Path) -> dict[str, str]:
     """Trial -> how it ended."""
-    return {row["trial"]: row["event"] for row in events(out) if row["event"] in ("finished", "stopped", "failed")}
+    return {row["trial"]: row["event"] for row in events(out) if row["event"] in ENDS}
 
 
 def values(out: Path) -> list[dict[str, Any]]:

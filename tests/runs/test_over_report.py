@@ -166,6 +166,19 @@ def test_a_trial_is_its_newest_event(tmp_path):
         read_trials(tmp_path)
 
 
+@pytest.mark.parametrize("event", ["diverged", "finished"], ids=["of its own", "of an earlier version"])
+def test_what_has_diverged_has_a_word_of_its_own(tmp_path, capsys, event):
+    out = write_sweep(tmp_path / "run", trials=4)
+    *_, last = (json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines())
+    row = {**last, "trial": "0004", "event": event, "metrics": {}, "error": "the loss is nan"}
+    with (out / "trials.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    show(out)
+    text = capsys.readouterr().out
+    assert "1 diverged" in text
+    assert re.search(r"0004 +diverged +the loss is nan", text)
+
+
 def trial(name, cost, accuracy, event="finished"):
     return Trial(name, event, 0.0, {}, 1, {"eval/accuracy": accuracy}, 0.0, None, cost=cost)
 
