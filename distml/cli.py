@@ -510,7 +510,9 @@ def _integers(option: str, texts: list[str]) -> list[int]:
 @app.command()
 @_verb
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="exchange, loop, population, rl, start or transformer.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="exchange, loop, population, rl, start, submit or transformer.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     repeats: Annotated[int | None, typer.Option(help="Of each contender; they take turns.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="exchange: parameters, 0.1M, 4.2M or 25M; repeatable.")] = None,
@@ -537,7 +539,8 @@ def bench(
     part: Annotated[
         list[str] | None,
         typer.Option(
-            help="population: speed, exploit, sweep, pbt, nas; transformer: speed, zero, memory, loss, gpu; repeatable"
+            help="population: speed, exploit, sweep, pbt, nas; submit: start, faults, placement; "
+            "transformer: speed, zero, memory, loss, gpu; repeatable"
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="transformer: of each repeat; population: of each member.")] = None,

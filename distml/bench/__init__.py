@@ -5,6 +5,7 @@ loop        the loop's own cost per step, against plain PyTorch doing the same
 population  populations, sweeps and searches against Ray Tune, Optuna and chance
 rl          frames per second, and frames and seconds to solved, against Stable-Baselines3 and RLlib
 start       seconds from the command to the first update, against Ray Train's
+submit      a job on a cluster against the same job beside it, and what failures cost it there
 transformer language models against plain PyTorch, and ZeRO against DeepSpeed by itself
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 from distml.errors import RunError, UsageError
 
-BENCHES = ("exchange", "loop", "population", "rl", "start", "transformer")
+BENCHES = ("exchange", "loop", "population", "rl", "start", "submit", "transformer")
 
 
 def bench_command(name: str, json: bool, plot: Path | None = None, **options: Any) -> int:
