@@ -26,6 +26,7 @@ from distml.bench.network import INTERFACE, NamespaceHost, Network, network
 from distml.errors import RunError
 
 PORT, DASHBOARD_PORT = 6379, 8265
+HEAD = ["--head", "--port", str(PORT)]
 START_S = 60.0
 STORE_BYTES = 512 * 2**20
 CLUSTER_STORE_BYTES = 150 * 2**20
@@ -118,10 +119,16 @@ class Cluster:
         """Processes on a node."""
         return self.nodes[node][0].pids()
 
-    def kill(self, node: int) -> None:
-        """End a node as a power failure does: all its processes at once, and its link is dead."""
+    def kill(self, node: int, *, silently: bool = True) -> None:
+        """End all processes of a node at once.
+
+        Args:
+            silently: as a power failure does: its link is dead first, and nobody is told. Else its connections are
+                closed, as a kernel does that outlives them.
+        """
         host, process = self.nodes[node]
-        self.network.cut(host)
+        if silently:
+            self.network.cut(host)
         host.kill()
         end_group(process)
 
@@ -134,20 +141,34 @@ class Cluster:
         finally:
             self.network.mend(host)
 
-    def add(self, cpus: int | None = None) -> int:
-        """Start one more node; its number.
+    def add(self, num: int = 1) -> list[int]:
+        """Start nodes, all at the same time; their numbers.
 
         Raises:
-            RunError: Ray did not start there.
+            RunError: Ray did not start on one.
         """
-        index, host = len(self.nodes), self.network.add()
-        more = [] if index else ["--include-dashboard", "true", "--dashboard-host", host.address,
-                                 "--dashboard-port", str(DASHBOARD_PORT)]  # fmt: skip
-        head = self.nodes[0][0].address if index else None
-        process = start_node(host, self.environment, self.folder, self.cpus if cpus is None else cpus,
-                             CLUSTER_STORE_BYTES, head, more)  # fmt: skip
-        self.nodes.append((host, process))
-        return index
+        joins = joining(self.nodes[0][0])
+        return self._start([(joins, self.cpus)] * num)
+
+    def start_head(self, cpus: int) -> None:
+        """The first node, with dashboard and Jobs API on its own address alone.
+
+        Raises:
+            RunError: Ray did not start.
+        """
+        self._start([([*HEAD, "--dashboard-port", str(DASHBOARD_PORT)], cpus)])
+
+    def _start(self, wanted: Sequence[tuple[Sequence[str], int]]) -> list[int]:
+        first = len(self.nodes)
+        for options, cpus in wanted:
+            host = self.network.add()
+            if options[0] == "--head":
+                options = [*options, "--dashboard-host", host.address]
+            node = spawn_node(host, self.environment, self.folder, cpus, CLUSTER_STORE_BYTES, options)
+            self.nodes.append((host, node))
+        for host, node in self.nodes[first:]:
+            wait_for_node(host, node, self.folder)
+        return list(range(first, len(self.nodes)))
 
 
 @contextlib.contextmanager
@@ -168,9 +189,8 @@ def cluster(nodes: int = 3, rate: str = "1gbit", cpus: int = 2, head_cpus: int =
                  "DISTML_RUNS": str(folder / "runs")}  # fmt: skip
         made = Cluster(net, folder, {**access(folder), **paths}, cpus, outside=net.add())
         try:
-            made.add(head_cpus)
-            for _ in range(nodes - 1):
-                made.add()
+            made.start_head(head_cpus)
+            made.add(nodes - 1)
             wait_for_jobs(made)
             yield made
         finally:
@@ -209,8 +229,9 @@ def two_hosts(rate: str, cpus: int = 1) -> Iterator[Pair]:
         a, b = net.add(), net.add()
         pair = Pair((a, b), access(folder))
         try:
-            for host, head, more in ((a, None, ["--include-dashboard", "false"]), (b, a.address, [])):
-                nodes.append(start_node(host, pair.environment, folder, cpus, STORE_BYTES, head, more))
+            for host, options in ((a, [*HEAD, "--include-dashboard", "false"]), (b, joining(a))):
+                nodes.append(spawn_node(host, pair.environment, folder, cpus, STORE_BYTES, options))
+                wait_for_node(host, nodes[-1], folder)
             yield pair
         finally:
             net.remove()
@@ -233,34 +254,41 @@ def without_others() -> list[str]:
     return ["env", *(f"--unset={name}" for name in OTHERS)]
 
 
-def start_node(
-    host: NamespaceHost, environment: Mapping[str, str], folder: Path, cpus: int, store_bytes: int, head: str | None,
-    more: Sequence[str],
+def joining(head: NamespaceHost) -> list[str]:
+    """The options of `ray start` for a node that joins a head."""
+    return ["--address", f"{head.address}:{PORT}"]
+
+
+def spawn_node(
+    host: NamespaceHost, environment: Mapping[str, str], folder: Path, cpus: int, store_bytes: int,
+    options: Sequence[str],
 ) -> subprocess.Popen[bytes]:  # fmt: skip
-    """A node of Ray on a host, once it has started.
+    """Begin to start a node of Ray on a host.
 
     Args:
-        head: the address of the one that it joins; None: it is the head.
-        more: further options of `ray start`.
-
-    Raises:
-        RunError: it did not start in `START_S`.
+        options: of `ray start`, besides those that every node has.
     """
     letter = host.name[-1]
-    log, temporary = folder / f"ray-{letter}.log", folder / letter
-    part = ["--head", "--port", str(PORT)] if head is None else ["--address", f"{head}:{PORT}"]
     command = host.command(
-        [*without_others(), sys.executable, "-m", "ray.scripts.scripts", "start", *part, *more,
+        [*without_others(), sys.executable, "-m", "ray.scripts.scripts", "start", *options,
          "--node-ip-address", host.address, "--num-cpus", str(cpus), "--object-store-memory", str(store_bytes),
-         "--temp-dir", str(temporary), "--disable-usage-stats", "--block"]
+         "--temp-dir", str(folder / letter), "--disable-usage-stats", "--block"]
     )  # fmt: skip
-    node = spawn(command, environment, log)
+    return spawn(command, environment, folder / f"ray-{letter}.log")
+
+
+def wait_for_node(host: NamespaceHost, node: subprocess.Popen[bytes], folder: Path) -> None:
+    """Until it has started.
+
+    Raises:
+        RunError: it has not after `START_S`, or has ended.
+    """
+    letter = host.name[-1]
+    log = folder / f"ray-{letter}.log"
     deadline = time.monotonic() + START_S
     while "Ray runtime started" not in (said := log.read_text(encoding="utf-8", errors="replace")):
         ended = os.waitid(os.P_PID, node.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         if ended is not None or time.monotonic() > deadline:
-            end_group(node)
             last = (said.strip() or "it said nothing").splitlines()[-1]
             raise RunError(f"Ray's node on host {letter} did not start in {START_S:g} s: {last}", phase="bench")
         time.sleep(0.1)
-    return node

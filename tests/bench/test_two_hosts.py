@@ -181,7 +181,7 @@ def test_all_that_ran_is_gone_after_a_failure(monkeypatch):
         assert oct(made[1].stat().st_mode)[-3:] == "600"
         raise RuntimeError("Ray does not start")
 
-    monkeypatch.setattr(hosts, "start_node", no_ray)
+    monkeypatch.setattr(hosts, "spawn_node", no_ray)
     with pytest.raises(RuntimeError, match="does not start"), two_hosts("1gbit"):
         pass
     host, token, sleeper = made
