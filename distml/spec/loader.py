@@ -27,7 +27,8 @@ from distml.spec.rl_rules import complete
 from distml.spec.rllib import RLlibSpec, check_rllib, find_recorded
 from distml.spec.rules import check_rules
 from distml.spec.schema import JobSpec, OwnTaskSpec
-from distml.spec.search_rules import check_search
+from distml.spec.search_rules import check_own_limits, check_search
+from distml.spec.storage import fault_of
 from distml.spec.sweep import SweepSpec
 from distml.spec.yaml import Document, KeyPath, Position, dump, parse, plain
 from distml.spec.zero_rules import complete as complete_zero
@@ -106,6 +107,7 @@ def load_spec(
         job = root.model_validate(document.data, by_alias=True, by_name=False)
     except ValidationError as error:
         raise first_error(problems_of(error, root), document) from None
+    _check_storage(job, document)
     if isinstance(job, RLlibSpec):
         return LoadedSpec(_checked_rllib(job, directory, document), path, directory)
     if isinstance(job, OverJobs):
@@ -166,10 +168,11 @@ def _load_base(path: Path) -> LoadedSpec[JobSpec]:
 
 def _checked_over(job: OverJobs, document: Document, path: Path | None, directory: Path) -> LoadedSpec[Any]:
     """A job over jobs whose base and space are checked; `directory` is the base's."""
+    problems = check_own_limits(job)
     job = job.with_limits()
     base = LoadedSpec(_checked_train(job.base, directory, document.below("base")), path, directory)
     job = job.model_copy(update={"base": base.job})
-    problems = check_search(job, lambda values: with_values(base, values))
+    problems += check_search(job, lambda values: with_values(base, values))
     if problems:
         raise first_error(problems, document)
     return LoadedSpec(job, path, directory, base)
@@ -193,6 +196,21 @@ def with_values(base: LoadedSpec[JobSpec], values: Mapping[str, Any], **changes:
             rename(data, path.removesuffix(".name"), value)
     loaded = load_train(data, ordered, directory=base.directory)
     return replace(loaded, path=base.path)
+
+
+def _check_storage(job: Block, document: Document) -> None:
+    """Of any kind of job; a base has none, as its variants' runs lie in the folder of the job over them."""
+    assert isinstance(job, JobSpec | OverJobs | RLlibSpec)
+    fault = fault_of(job.storage)
+    if fault is not None and "@" in str(job.storage):
+        raise UsageError(f"storage {fault}")  # no place: that of an override is its text, with the password
+    if fault is not None:
+        raise document.where(("storage",), "value").error(f"storage {fault}")
+    if isinstance(job, OverJobs) and job.base.storage is not None:
+        raise document.where(("base", "storage")).error(
+            "storage belongs to the top of the spec, beside base: all runs of a job over jobs are stored together; "
+            "move it there"
+        )
 
 
 def _checked_rllib(job: RLlibSpec, directory: Path, document: Document) -> RLlibSpec:

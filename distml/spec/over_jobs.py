@@ -8,6 +8,7 @@ from pydantic import Field
 
 from distml.spec.base import Block, Count
 from distml.spec.schema import JobSpec, LimitsSpec
+from distml.spec.storage import Storage
 
 
 class OverJobs(Block):
@@ -24,6 +25,7 @@ class OverJobs(Block):
     limits: LimitsSpec = Field(
         LimitsSpec(), description="of all processes; a key that has its default here is taken from base.limits"
     )
+    storage: Storage = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def with_limits(self) -> OverJobs:

@@ -19,6 +19,7 @@ from distml.spec.environments import unknown_environment
 from distml.spec.messages import Problem, describe, near, shorten
 from distml.spec.rl import EnvironmentSpec
 from distml.spec.schema import BestSpec, GoalSpec, LogSpec
+from distml.spec.storage import Storage
 from distml.spec.tables import check_value
 from distml.spec.yaml import KeyPath, dotted
 
@@ -112,6 +113,7 @@ class RLlibSpec(Block):
     log: RLlibLogSpec = RLlibLogSpec()
     resources: RLlibResourcesSpec = RLlibResourcesSpec()
     limits: RLlibLimitsSpec = RLlibLimitsSpec()
+    storage: Storage = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @property

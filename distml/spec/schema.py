@@ -31,6 +31,7 @@ from distml.spec.base import (
 )
 from distml.spec.language import LanguageModelSpec, MaskedLanguageModelSpec
 from distml.spec.rl import ActorCriticSpec, PPOSpec, ReinforceSpec, TRPOSpec
+from distml.spec.storage import Storage
 from distml.spec.tabular import BanditSpec, QLearningSpec, SarsaSpec
 from distml.spec.zero import ZeroSpec
 
@@ -432,6 +433,7 @@ class JobSpec(Block):
         description="auto: shared_memory where workers share a host; else process_group, "
         "or object_store for parameter_server",
     )
+    storage: Storage = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @property
