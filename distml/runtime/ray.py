@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from distml.errors import RunError, UsageError
@@ -35,7 +35,8 @@ from distml.runtime.cut import Cut, join_captures
 from distml.runtime.deaths import cause_of_death
 from distml.runtime.endings import close_within
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
-from distml.runtime.placement import check_resources, in_rank_order, place, server_nodes
+from distml.runtime.placement import check_resources, place, server_nodes
+from distml.runtime.seats import Seat, nodes_of, seats_of
 from distml.runtime.transport import Transport, choose, fall_back
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import SNAPSHOT_EVERY
@@ -95,7 +96,7 @@ class RayRuntime:
         self.broken: dict[str, tuple[float, str]] = {}  # whose exchange broke, when and how; a death explains it soon
         self.generation = 0
         self.group: PlacementGroup | None = None
-        self.bundles: list[int] = []  # each rank's
+        self.seats: list[Seat] = []  # each rank's
         self.stop_asked, self.owns_ray = False, False
         self.stop_told_at: float | None = None
         self.start_weights: Mapping[str, Array] | None = None
@@ -109,11 +110,8 @@ class RayRuntime:
         resources = self.job.resources
         needed = resources.workers * resources.cpus_per_worker
         self.owns_ray = connect(self.address, needed, self.job.limits.start_s)
-        check_resources(self.job, self.owns_ray)
         self.start_weights = start_weights
-        self.group = self.given_place or place(self.job)
-        places = placement_group_table(self.group)["bundles_to_node_id"]
-        self.bundles = in_rank_order(places, ray.get_runtime_context().get_node_id())
+        self._take_seats()
         self.transport = choose(self.job, self._nodes())
         self._check_injections()
         self._start_servers()
@@ -125,6 +123,12 @@ class RayRuntime:
             self._check_directory()
         self.built_weights = self.workers[0].start_weights.remote() if self.servers else None
         return self._description()
+
+    def _take_seats(self) -> None:
+        """Reserve a place for each worker."""
+        check_resources(self.job, self.owns_ray)
+        self.group = self.given_place or place(self.job)
+        self.seats = seats_of(self.group)
 
     def _description(self) -> Description:
         facts = self.facts[0]
@@ -163,15 +167,18 @@ class RayRuntime:
 
     def _nodes(self) -> list[str]:
         """The node of each rank's bundle."""
-        table = placement_group_table(self.group)
-        return [str(table["bundles_to_node_id"][bundle]) for bundle in self.bundles]
+        return nodes_of(self.seats)
 
     def _start_servers(self) -> None:
         if self.transport.name == "object_store":
             assert isinstance(self.job.strategy, ParameterServerSpec)
             self.num_servers = self.job.strategy.servers
+        self._replace_servers()
+
+    def _replace_servers(self) -> None:
         for index in range(self.num_servers):
-            self.servers[index] = self._server(index)
+            if index not in self.servers:
+                self.servers[index] = self._server(index)
 
     def _check_shared_memory(self) -> None:
         """Take another transport where a host's shared memory is too small."""
@@ -228,7 +235,8 @@ class RayRuntime:
         return bool(more >= KEEP_FROM_BYTES and fits)
 
     def _worker(self, rank: int) -> Any:
-        place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles[rank])
+        seat = self.seats[rank]
+        place = PlacementGroupSchedulingStrategy(seat.group, placement_group_bundle_index=seat.bundle)
         resources = self.job.resources
         worker: Any = WorkerActor
         options = worker.options(
@@ -428,9 +436,15 @@ class RayRuntime:
             self._heartbeat()
             if self.stop_asked and self._stopping():
                 return
-            while self.lost:  # `recover` clears it, and fills it anew when somebody dies meanwhile
+            self._look_around()
+            while (
+                self.lost and not self.stop_asked
+            ):  # `recover` clears it, and fills it anew when somebody dies meanwhile
                 role, cause = next(iter(self.lost.items()))
                 yield Lost(role, cause, self.phases.get(role, "start"))
+
+    def _look_around(self) -> None:
+        """What a group does besides, every now and then."""
 
     def _stopping(self) -> bool:
         """Pass a request to stop on; True when waiting for the workers is over: some are gone, or it takes too long.
@@ -582,9 +596,7 @@ class RayRuntime:
             self._stop_streams()
         self.injections = without_spent(self.injections, list(self.lost))
         self.lost, self.pings, self.broken = {}, {}, {}
-        for index in range(self.num_servers):
-            if index not in self.servers:
-                self.servers[index] = self._server(index)
+        self._replace_servers()
         missing = [rank for rank in range(self.size) if rank not in self.workers]
         for rank in missing:
             self.workers[rank] = self._worker(rank)
@@ -723,10 +735,13 @@ class RayRuntime:
     def _close(self) -> None:
         for actor in [*self.workers.values(), *self.servers.values()]:
             ray.kill(actor, no_restart=True)
-        if self.group is not None and self.given_place is None:
-            remove_placement_group(self.group)
+        self._leave_seats()
         if self.owns_ray:
             ray.shutdown()
+
+    def _leave_seats(self) -> None:
+        if self.group is not None and self.given_place is None:
+            remove_placement_group(self.group)
 
 
 def kill(node: str, pid: int, timeout_s: float) -> None:
