@@ -14,13 +14,13 @@ from distml.spec.nas_rules import check_nas
 from distml.spec.over_jobs import OverJobs
 from distml.spec.population import NoExploitSpec, PopulationSpec
 from distml.spec.rl import ActingBlock
-from distml.spec.schema import BestSpec, JobSpec, LocalSGDSpec
+from distml.spec.schema import BestSpec, JobSpec, LimitsSpec, LocalSGDSpec
 from distml.spec.space import Dimension, Space, parse_space
 from distml.spec.sweep import SweepSpec
 from distml.spec.sweep_rules import sweep_rules
 from distml.spec.yaml import dotted
 
-FIXED = ("distml", "kind", "name")
+FIXED = ("distml", "kind", "name", "storage")
 # How long, where and with whom a member trains does not change while it does; nor does what has weights or data.
 FIXED_IN_POPULATIONS = (
     *FIXED, "seed", "init", "stop", "evaluate", "checkpoint", "log", "resources", "limits", "inline", "transport",
@@ -47,6 +47,15 @@ def check_search(job: OverJobs, variant: Variant) -> list[Problem]:
         variant: makes the base with other values at some paths, or raises `UsageError`.
     """
     return list(_problems(job, variant))
+
+
+def check_own_limits(job: OverJobs) -> list[Problem]:
+    """What is wrong with the limits of a job over jobs as they are written, before the base's are taken in."""
+    own, of_base = job.limits.max_restarts, job.base.limits.max_restarts
+    if isinstance(job, PopulationSpec) or own in (LimitsSpec().max_restarts, of_base):
+        return []
+    return [Problem(f"limits.max_restarts is {own}, and how often a trial that failed is run again is said by retries; "
+                    "set retries instead", (("limits", "max_restarts"),))]  # fmt: skip
 
 
 def _problems(job: OverJobs, variant: Variant) -> Iterator[Problem]:

@@ -260,6 +260,18 @@ def test_a_sweep_that_cannot_be(fails, changes, text):
     assert f"job.yaml:{text}" in fails(changed(SWEEP, *changes))
 
 
+@pytest.mark.parametrize("text", [SWEEP, NAS], ids=["sweep", "nas"])
+def test_how_often_a_trial_is_run_again_is_said_once(fails, text):
+    wrong = fails(f"{text}limits: {{max_restarts: 5}}\n")
+    assert "limits.max_restarts is 5, and how often a trial that failed is run again is said by retries" in wrong
+    Path("job.yaml").write_text(f"{text}limits: {{lost_after_s: 5}}\n")
+    kept = load_spec("job.yaml", ["base.limits={max_restarts: 5}"])  # of the base, which may be run alone
+    Path("job.yaml").write_text(kept.dump())
+    load_spec("job.yaml")
+    Path("job.yaml").write_text(f"{POPULATION}limits: {{max_restarts: 5}}\n")
+    load_spec("job.yaml")
+
+
 def test_by_examples_a_batch_size_decides_how_many_reports_there_are(fails):
     text = changed(SWEEP, (LR, "batch_size: {randint: [8, 64]}"), ("trials: 8", "trials: 8\nscheduler: asha"))
     assert "space.batch_size may not be searched with scheduler asha" in fails(text, ["base.stop={examples: 25600}"])
