@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,12 +29,14 @@ from distml.launch.plan.command import memory_advice
 from distml.launch.plan.over import over_line, unused_line
 from distml.launch.plan.running import plan_of_run
 from distml.launch.plan.text import key_lines
-from distml.launch.submit.remote import runs_root
+from distml.launch.submit.remote import IN_JOB, run_name, runs_root
 from distml.population.context import OverContext, OverRun, forget, has_begun, has_trained
 from distml.runs.checkpoints import CheckpointStore, resolve_source
 from distml.runs.directory import Result as ResultRecord
 from distml.runs.directory import RunDirectory
 from distml.runs.display import Display, SilentDisplay, make_display
+from distml.runs.storage import check_reachable
+from distml.runs.stored import folder_of, opened, place_of
 from distml.runtime.driver import Driver
 from distml.runtime.group import WorkerGroup
 from distml.spec.base import Block
@@ -56,8 +59,10 @@ if TYPE_CHECKING:
     from distml.adapters.rllib import RLlibRun
     from distml.tasks.sources import SourceTree
 
-MAY_CHANGE = ("stop", "evaluate", "checkpoint", "log", "limits", "resources", "transport", "strategy", "inline")
-OVER_MAY_CHANGE = ("stop", "checkpoint", "limits", "max_concurrent", "trials", "retries")
+MAY_CHANGE = ("stop", "evaluate", "checkpoint", "log", "limits", "resources", "transport", "strategy", "inline",
+              "storage")  # fmt: skip
+OVER_MAY_CHANGE = ("stop", "checkpoint", "limits", "max_concurrent", "trials", "retries", "storage")
+STOPPED_COPY_S = 40.0  # of the 60 s that a job has from SIGTERM to SIGKILL
 BUDGETS = ("steps", "examples", "epochs", "frames", "tokens", "seconds")
 EXIT_CODES = {"done": ExitCode.DONE, "goal_met": ExitCode.DONE, "goal_missed": ExitCode.GOAL_MISSED,
               "interrupted": ExitCode.INTERRUPTED, "failed": ExitCode.FAILED}  # fmt: skip
@@ -109,8 +114,8 @@ def run(
     Args:
         spec: a file, a shipped job's name, or the spec as a dict.
         overrides: dotted keys and values.
-        out: the run directory; `runs/NAME` by default, in a Ray job `~/distml-runs/NAME`. An unfinished run there is
-            resumed.
+        out: the run directory; `runs/NAME` by default, in a Ray job `~/distml-runs/NAME`, with a folder as `storage`
+            STORAGE/NAME. An unfinished run there, or in the storage, is resumed.
         runtime: `inline` or `ray`; by default inline for one worker.
         address: of a running Ray cluster.
         fresh: move what is in `out` to `out.1` first.
@@ -134,9 +139,13 @@ def run(
         alone = job.resources.workers == 1 and not job.resources.gpus_per_worker
         where = runtime or ("inline" if alone else "ray")
         check_injections(inject, job, where)
-    path = Path(out) if out is not None else runs_root() / job.name
+    if job.storage is not None:
+        check_reachable(job.storage)
+    path = Path(out) if out is not None else (folder_of(job.storage) or runs_root()) / run_name(job.name)
+    place = place_of(job.storage, run_name(job.name), path)
     display = display or SilentDisplay()
-    with RunDirectory.open(path, fresh=fresh) as directory:
+    stop_s = STOPPED_COPY_S if IN_JOB in os.environ else None
+    with opened(path, place, fresh, display.note, end_this_run, stop_s) as (directory, mirror):
         earlier = directory.result.read()
         resume = check_resume(directory, loaded, earlier, display)
         if resume is None and earlier is not None:
@@ -145,6 +154,10 @@ def run(
             )
             return as_result(earlier, path)
         sources = prepare_directory(directory, loaded, bool(resume), display)
+        if mirror is not None:
+            mirror.start()
+        if job.storage is not None and where == "ray":
+            probe_nodes(job, directory, address)
         if isinstance(job, RLlibSpec):
             return drive_rllib(job, directory, sources, address, display, started, bool(resume))
         if isinstance(job, OverJobs):
@@ -153,6 +166,23 @@ def run(
         group = make_group(loaded, sources, where, address, directory.path, tuple(inject))
         driver = Driver(job, directory, group, display, started, functools.partial(memory_advice, loaded))
         return drive(driver, bool(resume), where)
+
+
+def probe_nodes(job: JobSpec | OverJobs | RLlibSpec, directory: RunDirectory, address: str | None) -> None:
+    """Refuse a storage that a node of the cluster does not see."""
+    from distml.runtime.authentication import prepare_authentication
+
+    prepare_authentication(address)
+    from distml.runtime.probing import check_nodes
+
+    assert job.storage is not None
+    check_nodes(job.storage, address, directory.logs, job.limits.start_s)
+
+
+def end_this_run() -> None:
+    """As a SIGTERM from outside would, where it does not simply kill: another driver has taken the storage."""
+    if callable(signal.getsignal(signal.SIGTERM)):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def drive(driver: Driver, resume: bool, runtime: str) -> Result:
@@ -249,9 +279,13 @@ def _to_the_end(driver: Driver | RLlibRun | OverRun, train: Callable[[], None]) 
 def announce(driver: Driver, runtime: str) -> None:
     """Say and record what will run."""
     job, description = driver.job, driver.description
-    driver.directory.write_environment(environment(runtime, description.transport, description.hosts))
-    elements = sum(entry.numel for entry in description.layout.entries)
+    facts = environment(runtime, description.transport, description.hosts)
     workers = f"{job.resources.workers} worker{'s' if job.resources.workers > 1 else ''}"
+    if driver.elastic is not None and runtime == "ray":
+        facts["workers"] = {**driver.elastic.model_dump(), "start": job.resources.workers}
+        workers += f" ({driver.elastic.min} to {driver.elastic.max})"
+    driver.directory.write_environment(facts)
+    elements = sum(entry.numel for entry in description.layout.entries)
     driver.display.start(f"{elements:,} parameters, {job.strategy.label}, {workers}, {description.transport}")
     for line in key_lines(plan_of_run(job, description, driver.group.plan_facts())):
         driver.display.note(line)
@@ -433,6 +467,10 @@ def make_group(
     from distml.runtime.authentication import prepare_authentication
 
     prepare_authentication(address)
+    if loaded.job.resources.elastic is not None:
+        from distml.runtime.elastic import ElasticRuntime
+
+        return ElasticRuntime(loaded.job, sources, address, directory, inject)
     from distml.runtime.ray import RayRuntime
 
     return RayRuntime(loaded.job, sources, address, directory, inject)

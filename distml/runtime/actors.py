@@ -292,6 +292,12 @@ class WorkerActor:
         """Another job, for the next `build`."""
         self.job = JobSpec.model_validate_json(job_json, by_alias=True, by_name=False)
 
+    def take_rank(self, rank: int, job_json: str, injections: tuple[str, ...]) -> None:
+        """Another rank in a group of another size, for the next `build`."""
+        open_log(str(self.checkpoints.parent), f"worker-{rank}")
+        self.rank, self.injections = rank, injections
+        self.job = JobSpec.model_validate_json(job_json, by_alias=True, by_name=False)
+
     def live(self, paths: Sequence[str]) -> dict[str, Any]:
         """Path -> value as this worker and its servers have it."""
         from distml.population.live import live_values

@@ -78,9 +78,10 @@ class Driver:
         memory_advice: Callable[[], str],
     ) -> None:  # fmt: skip
         self.job, self.directory, self.group, self.display, self.started = job, directory, group, display, started
+        self.elastic, group.say = job.resources.elastic, display.note
         self.store = CheckpointStore(directory.checkpoints, job.checkpoint.keep)
         self.agenda = Agenda(job)
-        self.merger = ReportMerger(job.resources.workers, job.strategy.is_synchronous, task_tokens(job.task))
+        self.merger = self._merger()
         self.boards: TensorBoardWriter | None = None
         self.metrics: dict[str, Any] = {}
         self.cut: Cut | None = None
@@ -112,6 +113,7 @@ class Driver:
             self.description = self.group.build(first)
         except UsageError as error:
             raise UsageError(self._with_advice(str(error))) from error
+        self._follow_size()
         self.signals.take()
         if checkpoint is not None:
             self.cut = self._cut_of(checkpoint)
@@ -145,9 +147,10 @@ class Driver:
             self.boards = TensorBoardWriter(self.directory.tensorboard, resumed_at=resumed_at)
         self.group.begin(self.cut)
         self.signals.is_training = True
-        for event in self.group.events():
-            with self._disk():
-                self.handle(event)
+        self._listen()
+        while self.group.wants_more and self.reason == "requested" and not self.signals.asked:
+            self._grow()
+            self._listen()
         self.signals.is_training = False
         for row in self.merger.flush():
             self._write(row)
@@ -155,6 +158,11 @@ class Driver:
         if self.end_version < 0 or (self.reason == "requested" and saved < self.end_version):
             self._keep_newest()  # asked to stop, and not all workers could end in time
         return self._finish()
+
+    def _listen(self) -> None:
+        for event in self.group.events():
+            with self._disk():
+                self.handle(event)
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -212,11 +220,42 @@ class Driver:
         elif isinstance(event, Lost):
             self._recover(event)
 
+    # ------------------------------------------------------------------------------------------------------------ size
+    def _merger(self) -> ReportMerger:
+        job = self.job
+        return ReportMerger(job.resources.workers, job.strategy.is_synchronous, task_tokens(job.task))
+
+    def _follow_size(self) -> str:
+        """Take the group's size for the job's; what to say of it where it is another one."""
+        before, now = self.job.resources.workers, self.group.size
+        self.job = self.job.with_workers(now)
+        if now == before:
+            return ""
+        self.merger = self._merger()
+        self.cut = reshard(self.cut, now) if self.cut is not None else None
+        return f" with {now} worker{'s' if now > 1 else ''} in place of {before}"
+
+    def _grow(self) -> None:
+        """All workers have ended at one version, as there is room for more: go on from there with these."""
+        self._fetch()
+        from_version = self.cut.version if self.cut is not None else 0
+        try:
+            self.group.regroup(self.cut)
+        except UsageError as error:
+            raise RunError(f"the group could not go on with more workers: {error}", phase="start",
+                           step=self.version) from error  # fmt: skip
+        self._forget_candidates(None)
+        self.reason, self.end_version = "requested", -1
+        self.display.note(f"there is room for more: all go on from step {from_version}{self._follow_size()}")
+        self._rewind()
+
     # --------------------------------------------------------------------------------------------------------- metrics
     def _write(self, row: dict[str, Any]) -> None:
         self.version = max(self.version, row["step"])
         if not self.start_written and self.has_started:
             row["timing/start_s"], self.start_written = self.metrics["timing/start_s"], True
+        if self.elastic is not None:
+            row["runtime/workers"] = self.group.size
         self.directory.metrics.append(row)
         self.metrics |= {name: value for name, value in row.items() if "/" in name}
         if self.boards is not None:
@@ -385,7 +424,8 @@ class Driver:
         self._forget_candidates(None if went_back else event.role)
         if went_back:
             self.store.discard(left)
-        what = f"all go on from step {from_version}" if went_back else "the others went on; it rejoins"
+        size = self._follow_size()
+        what = f"all go on from step {from_version}{size}" if went_back else "the others went on; it rejoins"
         self.display.note(f"{event.role} was lost at step {self.version} ({event.cause}): {what} "
                           f"(restart {self.restarts} of {self.job.limits.max_restarts})")  # fmt: skip
         if went_back:

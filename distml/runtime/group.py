@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -43,7 +43,17 @@ class Lost:
 
 
 class WorkerGroup(Protocol):
-    """A runtime's side of a run."""
+    """A runtime's side of a run.
+
+    Attributes:
+        size: workers, now.
+        wants_more: it has asked its workers to end for now: there is room for more, with whom `regroup` goes on.
+        say: told, in a line, what the group waits for.
+    """
+
+    size: int
+    wants_more: bool
+    say: Callable[[str], None]
 
     def build(self, start_weights: Mapping[str, Array] | None) -> Description:
         """Start the processes and build the task in each; UsageError for what the spec or resources explain."""
@@ -85,6 +95,10 @@ class WorkerGroup(Protocol):
 
     def recover(self, cut: Cut | None) -> bool:
         """Replace what was lost: True if all went back to `cut`, False if the others went on undisturbed."""
+        ...
+
+    def regroup(self, cut: Cut | None) -> None:
+        """Go on from `cut` with as many workers as there is room for."""
         ...
 
     def shared_state(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:

@@ -308,6 +308,8 @@ class InlineRuntime:
     ) -> None:
         self.job, self.sources, self.injections, self.directory = job, sources, injections, directory
         self.size = job.resources.workers
+        self.wants_more = False
+        self.say: Callable[[str], None] = lambda text: None
         self.trainers: list[Trainer] = []
         self.threads: list[threading.Thread] = []
         self.queue: queue.Queue[Event | None] = queue.Queue()
@@ -445,6 +447,9 @@ class InlineRuntime:
     def recover(self, cut: Cut | None) -> bool:
         """Threads do not die alone."""
         return True
+
+    def regroup(self, cut: Cut | None) -> None:
+        """One process has no more room."""
 
     def shared_state(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
         """From the shards' captures."""

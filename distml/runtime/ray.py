@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,9 +32,10 @@ from distml.runs.probe import Probe
 from distml.runtime.actors import ServerActor, Way, WorkerActor, blocked_cause, end_process, patience_s
 from distml.runtime.connection import connect, diverted_output
 from distml.runtime.cut import Cut, join_captures
-from distml.runtime.deaths import cause_of_death
+from distml.runtime.deaths import CONNECTION_BROKE, cause_of_death
 from distml.runtime.endings import close_within
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
+from distml.runtime.nodes import wait_for_verdict
 from distml.runtime.placement import check_resources, place, server_nodes
 from distml.runtime.seats import Seat, nodes_of, seats_of
 from distml.runtime.transport import Transport, choose, fall_back
@@ -46,6 +47,7 @@ POLL_S = 0.2
 STOP_PATIENCE_S = 2.0
 KEEP_FROM_BYTES = 2**20
 CLOSE_PATIENCE_S = 5.0
+UNSAID_S = 1.0  # of a connection that broke: until the raylet would have gone too, or have said that the process died
 
 
 class ProcessLostError(Exception):
@@ -78,6 +80,8 @@ class RayRuntime:
         self.job, self.sources, self.address, self.injections = job, sources, address, injections
         self.directory = str(directory.resolve())
         self.size = job.resources.workers
+        self.wants_more = False
+        self.say: Callable[[str], None] = lambda text: None
         self.num_servers = 0
         self.transport = Transport("none", "", ())
         self.keeps, self.segment = False, cast(Segment | None, None)
@@ -92,6 +96,7 @@ class RayRuntime:
         self.asked: dict[str, float] = {}  # when it was last pinged
         self.phases: dict[str, str] = {}  # what it said then that it was doing
         self.lost: dict[str, str] = {}
+        self.lost_nodes: dict[str, float] = {}  # where they were, and how long a raylet must be seen there
         self.finished: set[int] = set()
         self.broken: dict[str, tuple[float, str]] = {}  # whose exchange broke, when and how; a death explains it soon
         self.generation = 0
@@ -539,6 +544,8 @@ class RayRuntime:
                 return  # it had nothing left to do
         self.pings.pop(role, None)
         self.lost[role] = cause
+        if role in self.places:
+            self.lost_nodes[self.places.pop(role)[0]] = UNSAID_S if cause == CONNECTION_BROKE else 0.0
 
     @property
     def _needs_everyone(self) -> bool:
@@ -547,7 +554,7 @@ class RayRuntime:
     def _end(self, role: str) -> None:
         """SIGKILL the process of `role`, on whatever node it runs."""
         if role in self.places:
-            kill(*self.places.pop(role), timeout_s=self.job.limits.heartbeat_s + 5.0)
+            kill(*self.places[role], timeout_s=self.job.limits.heartbeat_s + 5.0)
         actor = self._living(role).get(int(role.split()[1]))
         if actor is not None:
             ray.kill(actor, no_restart=True)
@@ -568,6 +575,8 @@ class RayRuntime:
         self.injections = without_spent(self.injections, roles)
         only_workers = all(role.startswith("rank") for role in roles)
         went_back = False
+        nodes, self.lost_nodes = self.lost_nodes, {}
+        wait_for_verdict(nodes, self.job.limits.start_s)  # else Ray would place the new ones on a node that has gone
         try:
             if only_workers and not self._needs_everyone and self._all_rejoin(roles, cut):
                 return False
@@ -605,6 +614,9 @@ class RayRuntime:
             self._build_workers(anew)
             self._check_directory()
         self._begin(cut)
+
+    def regroup(self, cut: Cut | None) -> None:
+        """A group of a fixed size has no more room."""
 
     def _rejoin(self, rank: int, cut: Cut | None) -> bool:
         """Replace an asynchronous worker while the others go on; False if the run has ended, and it may be missed."""

@@ -18,6 +18,7 @@ from distml.runtime.placement import bundle_of, in_rank_order, reserve
 from distml.spec.schema import JobSpec
 
 READY = "CREATED"
+REPLACE_S = 2.0
 PROBE_S = 2.0  # how long a reservation is given before a smaller one is tried
 POLL_S = 0.1
 SAY_EVERY_S = 5.0
@@ -81,15 +82,20 @@ class Room:
         living = [seat for seat, node in zip(reserved, nodes_of(reserved), strict=True) if node in alive]
         return living[: self.range.max]
 
-    def at_least(self, number: int) -> list[Seat]:
+    def at_least(self, number: int, hoped: int = 0) -> list[Seat]:
         """So many seats, and more if there is room; waits for `limits.start_s`, saying so.
+
+        Args:
+            hoped: so many, where Ray finds other places for those that were lost within `REPLACE_S`.
 
         Raises:
             UsageError: it was in vain, or the run was asked to end.
         """
         limit, began, said = self.job.limits.start_s, time.monotonic(), time.monotonic()
-        while len(seats := self.seats()) < number:
+        while len(seats := self.seats()) < hoped or len(seats) < number:
             now = time.monotonic()
+            if len(seats) >= number and (now - began > REPLACE_S or self._free() < 1):
+                break
             if self.is_over():
                 raise UsageError(f"asked to end while it waited for room for {number} workers")
             if now - began > limit:

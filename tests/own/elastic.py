@@ -1,0 +1,81 @@
+"""A cluster of small nodes in a process of its own, and elastic runs on it whose nodes go and come at given steps.
+
+    python -m own.elastic CASES OUT
+
+CASES: JSON, a list of {"name", "spec", "goes": step or null, "comes": bool}. For each, nodes are as at the start; one
+goes when the run reports the step `goes`, and comes again once the driver has said what it did about it. Prints
+"FOUND" and JSON: by name the notes, the status or error, and the size of each row of the metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ray.cluster_utils import Cluster
+
+import distml
+from distml.errors import DistmlError
+from distml.runs.display import Metrics
+from distml.runtime import elastic
+from distml.runtime.authentication import prepare_authentication
+from own.on_ray import Notes
+
+WORKERS_ON_HEAD = 2
+
+
+class Scene(Notes):
+    """Nodes go and come while a run reports to it."""
+
+    def __init__(self, cluster: Cluster, goes: int | None, comes: bool) -> None:
+        super().__init__()
+        self.cluster, self.goes, self.comes = cluster, goes, comes
+
+    def report(self, step: int, fraction: float, metrics: Metrics) -> None:
+        if self.goes is not None and step >= self.goes:
+            self.goes = None
+            self.cluster.remove_node(list(self.cluster.worker_nodes)[0], allow_graceful=False)
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        if self.comes and "was lost" in text:
+            self.comes = False
+            self.cluster.add_node(num_cpus=1)
+
+
+def act(cluster: Cluster, case: dict[str, Any], out: Path) -> dict[str, Any]:
+    """One run, with a worker node at its start."""
+    if not cluster.worker_nodes:
+        cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    scene = Scene(cluster, case["goes"], case["comes"])
+    try:
+        ended = distml.run(case["spec"], out=out, runtime="ray", inject=case.get("inject", ()), display=scene).status
+    except DistmlError as error:
+        ended = str(error)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {"notes": scene.lines, "ended": ended, "sizes": [(row["step"], row["runtime/workers"]) for row in rows]}
+
+
+def main(cases: str, out: str) -> None:
+    """All cases in turn."""
+    prepare_authentication(None)
+    import ray
+
+    elastic.LOOK_S, elastic.GROW_EVERY_S = 0.5, 1.0
+    # A node that has gone is declared lost soon.
+    soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 500}
+    head = {"num_cpus": WORKERS_ON_HEAD, "include_dashboard": False, "_system_config": soon}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    found = {case["name"]: act(cluster, case, Path(out) / case["name"]) for case in json.loads(cases)}
+    print("FOUND", json.dumps(found))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
