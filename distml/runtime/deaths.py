@@ -6,6 +6,8 @@ import re
 
 from distml.memory import OUT_OF_MEMORY, binary_size, group_limit, memory_bytes
 
+CONNECTION_BROKE = "the connection to it broke: it died, or its node or the network did"
+
 
 def cause_of_death(error: Exception, *, kernel_killed: bool) -> str:
     """One line on why a process died.
@@ -21,6 +23,8 @@ def cause_of_death(error: Exception, *, kernel_killed: bool) -> str:
         return f"{OUT_OF_MEMORY}: ended by Ray's memory monitor{used}"
     if kernel_killed:
         return f"{OUT_OF_MEMORY}: killed by the kernel, {allowance()}"
+    if type(error).__name__ == "ActorUnavailableError":
+        return CONNECTION_BROKE
     if "creation task" in text:
         return text[-300:]
     if "connection error" in text or "SYSTEM_ERROR" in text:
