@@ -36,7 +36,7 @@ from distml.adapters.tune_schedulers import TOGETHER, build_scheduler, every, re
 from distml.adapters.tune_trainable import check_one_process, make_trainable, trainable
 from distml.errors import RunError, UsageError
 from distml.population.closing import best_text, test_scores
-from distml.population.context import OverContext
+from distml.population.context import OverContext, forget
 from distml.runs.files import write_atomically
 from distml.runs.over import ENDS
 from distml.runs.units import number
@@ -95,7 +95,7 @@ class SweepRun:
         self.space = space_of(self.job)
         self.sampler = build_sampler(self.job, self.space)
         if not resume:
-            self._forget_earlier()
+            forget(self.directory)
         self.quiet.enter_context(diverted_output(self.directory.logs / "ray.log"))
         cores = len(os.sched_getaffinity(0))
         slots = self.job.max_concurrent or max(1, cores // base.resources.cpus_per_worker)
@@ -114,12 +114,6 @@ class SweepRun:
         if self.job.scheduler.name in TOGETHER and self.sampler.num_trials is not None:
             return self.sampler.num_trials  # which begin before any has ended
         return self.job.max_concurrent or self.slots
-
-    def _forget_earlier(self) -> None:
-        for name in ("trials", "tune"):
-            shutil.rmtree(self.directory.path / name, ignore_errors=True)
-        for name in ("trials.jsonl", "best.yaml"):
-            (self.directory.path / name).unlink(missing_ok=True)
 
     def _fitting(self) -> int:
         """Trials that fit into the cluster at once."""

@@ -78,7 +78,7 @@ class TrialBook:
         self.goals = objectives_of(self.job)
         self.journal = MetricsFile(directory.path / FILE)
         self.trials: dict[int, TrialRecord] = {}
-        self.files: dict[int, MetricsFile] = {}
+        self.open: dict[int, TrialFolder] = {}
         self.kept: set[int] = set()  # whose weights are on the disk
         self.last_error: str | None = None  # of a trial that has failed
         self.began, self.earlier_s = time.monotonic(), 0.0
@@ -162,9 +162,8 @@ class TrialBook:
         """What a trial has come to since its last report."""
         trial.step, trial.seconds = step, seconds
         trial.metrics |= metrics
-        file = self.files.setdefault(trial.index, MetricsFile(self.folder(trial.index) / "metrics.jsonl"))
-        for row in rows:
-            file.append(dict(row))
+        folder = self.open.setdefault(trial.index, TrialFolder(self.directory.path, trial.name))
+        folder.report(rows, self.base.job.log.to)
 
     def end(self, trial: TrialRecord, event: str, error: str | None = None) -> None:
         """It is over, in one of the ways of `ENDS`."""
@@ -193,8 +192,8 @@ class TrialBook:
 
     def close(self) -> None:
         """Close all files."""
-        for file in self.files.values():
-            file.close()
+        for folder in self.open.values():
+            folder.directory.metrics.close()
         self.journal.close()
 
     def _write(self, event: str, trial: TrialRecord) -> None:
@@ -218,8 +217,8 @@ class TrialBook:
         return "failed" if trial.end in ("failed", "diverged") else "done"
 
     def _forget(self, trial: TrialRecord) -> None:
-        if trial.index in self.files:
-            self.files.pop(trial.index).close()
+        if trial.index in self.open:
+            self.open.pop(trial.index).directory.metrics.close()
 
     # ------------------------------------------------------------------------------------------------------------ best
     def _ranked(self) -> list[TrialRecord]:

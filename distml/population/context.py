@@ -88,8 +88,8 @@ def has_trained(directory: RunDirectory) -> bool:
 
 
 def forget(directory: RunDirectory) -> None:
-    """Remove what an earlier run left that has trained nothing."""
-    for name in ("members", "trials"):
+    """Remove what an earlier run left that is not gone on from."""
+    for name in ("members", "trials", "tune"):
         shutil.rmtree(directory.path / name, ignore_errors=True)
-    for name in (*JOURNALS, "lineage.jsonl"):
+    for name in (*JOURNALS, "lineage.jsonl", "best.yaml"):
         (directory.path / name).unlink(missing_ok=True)

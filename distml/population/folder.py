@@ -14,6 +14,7 @@ from distml.population.individual import Individual, Values
 from distml.runs.checkpoints import CheckpointStore, folder_name
 from distml.runs.directory import RunDirectory
 from distml.runs.files import write_atomically
+from distml.runs.tensorboard import TensorBoardRows
 from distml.spec.language_rules import RUN_TOKENIZER
 from distml.spec.loader import LoadedSpec, with_values
 from distml.spec.population import PopulationSpec
@@ -38,6 +39,7 @@ class MemberFolder:
         self.path = root / MEMBERS / name
         self.path.mkdir(parents=True, exist_ok=True)
         self.directory = RunDirectory(self.path)
+        self.boards = TensorBoardRows(self.directory.tensorboard) if "tensorboard" in self.base.job.log.to else None
         # The one that population.json names stays until a newer population.json is there.
         self.store = CheckpointStore(self.directory.checkpoints, max(2, self.job.checkpoint.keep))
         self._newest: tuple[dict[str, Any], LoadedSpec[JobSpec]] | None = None
@@ -81,6 +83,14 @@ class MemberFolder:
         """Reports of training."""
         for row in rows:
             self.directory.metrics.append(dict(row))
+        if self.boards is not None:
+            self.boards.append(rows)
+
+    def cut_back(self, step: int) -> None:
+        """Forget the reports of what is done once more; 0: all."""
+        self.directory.metrics.cut_back(step or -1)
+        if self.boards is not None:
+            self.boards.cut_back(step or -1)
 
     def finish(self, one: Individual, status: str, metric: str) -> None:
         """Say how the member ended.

@@ -109,7 +109,7 @@ class PopulationRun:
             folder = self.folders[one.name]
             folder.prepare(self.context.sources.files)
             folder.write_spec(one.own.values)
-            folder.directory.metrics.cut_back(one.own.step or -1)
+            folder.cut_back(one.own.step)
         self.whole = {name: one.record for name, one in self.members.items()}
         self.durable = dict(self.whole)
         self.saver.write(self._snapshot())
@@ -470,7 +470,7 @@ class PopulationRun:
         self.whole[one.name] = self.durable[one.name] = one.record
         one.own = held or one.record.held
         if one.own.step < before.step:
-            self.folders[one.name].directory.metrics.cut_back(one.own.step or -1)
+            self.folders[one.name].cut_back(one.own.step)
 
     def _secured(self, held: Held | None) -> Held | None:
         """The same, kept by nobody's process but the run's; None: it is lost."""

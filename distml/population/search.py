@@ -168,7 +168,7 @@ class SearchRun:
             except LookupError:
                 self._gone(trial, Gone(trial.name, "died", "its process died with its weights", "end", trial.step))
                 return
-        folder.finish(answer)
+        folder.finish(answer, self.job.base.log.to)
         self._leave(trial)
         trial.error = None
         trial.reward = reward if math.isfinite(reward) else None

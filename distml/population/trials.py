@@ -19,6 +19,7 @@ from distml.population.host import Advanced, Gone, Ready
 from distml.runs.checkpoints import CheckpointStore, folder_name
 from distml.runs.directory import MetricsFile, RunDirectory
 from distml.runs.files import write_atomically
+from distml.runs.tensorboard import TensorBoardRows
 from distml.runtime.cut import Cut, to_checkpoint
 from distml.spec.language_rules import RUN_TOKENIZER
 from distml.spec.loader import LoadedSpec
@@ -132,6 +133,7 @@ class TrialFolder:
         path = self.directory.path
         path.mkdir(parents=True, exist_ok=True)
         self.directory.metrics.cut_back(-1)
+        shutil.rmtree(self.directory.tensorboard, ignore_errors=True)
         write_atomically(self.directory.spec, spec.dump(), durable=False)
         for name, text in files.items():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -140,10 +142,20 @@ class TrialFolder:
             shutil.copyfile(self.root / RUN_TOKENIZER, path / RUN_TOKENIZER)
         self.directory.result.update(durable=False, status="running", error=None)
 
-    def finish(self, answer: Advanced) -> None:
-        """Its reports and its result."""
-        for row in answer.rows:
+    def report(self, rows: Sequence[Mapping[str, Any]], to: Sequence[str]) -> None:
+        """Its reports since the last ones.
+
+        Args:
+            to: the base's `log.to`.
+        """
+        for row in rows:
             self.directory.metrics.append(dict(row))
+        if "tensorboard" in to:
+            TensorBoardRows(self.directory.tensorboard).append(rows)
+
+    def finish(self, answer: Advanced, to: Sequence[str]) -> None:
+        """Its reports and its result."""
+        self.report(answer.rows, to)
         self.directory.metrics.close()
         self.directory.result.update(durable=False, status="goal_met" if answer.finished == "goal" else "done",
                                      step=answer.step, wall_s=answer.seconds, metrics=dict(answer.metrics))  # fmt: skip

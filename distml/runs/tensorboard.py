@@ -1,10 +1,14 @@
-"""Scalars for TensorBoard, without torch."""
+"""Scalars for TensorBoard, without torch: of a run, and of the many members or trials of a job over jobs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 
 class TensorBoardWriter:
@@ -53,3 +57,49 @@ class TensorBoardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class TensorBoardRows:
+    """Reports of one of many jobs, in a file that is open only while it is written, without a thread of its own.
+
+    Args:
+        folder: made with the first report; what an earlier process left there goes on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def append(self, rows: Sequence[Mapping[str, object]]) -> None:
+        """Write reports as metrics.jsonl has them: `step`, and metrics with a `/` in their names."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        events, now = [], time.time()
+        for row in rows:
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()
+                      if "/" in name and isinstance(value, int | float)]  # fmt: skip
+            if values:
+                events.append(Event(wall_time=now, step=int(str(row["step"])), summary=Summary(value=values)))
+        self._write(events)
+
+    def cut_back(self, step: int) -> None:
+        """What was written of steps after this one is not shown any more."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        if self.folder.is_dir():
+            self._write([Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))])
+
+    def _write(self, events: Sequence[Any]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        if not events:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = next(iter(sorted(self.folder.glob("events.out.tfevents.*"))), None)
+        is_new = path is None
+        path = path or self.folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        with open(path, "ab") as file:
+            writer = RecordWriter(file)
+            for event in [Event(wall_time=time.time(), file_version="brain.Event:2")] * is_new + list(events):
+                writer.write(event.SerializeToString())
