@@ -109,15 +109,11 @@ class Plan:
     fits_now: bool = True
 
 
-def request_of(job: JobSpec, servers: bool = True) -> Request:
-    """A training job's request.
-
-    Args:
-        servers: parameter servers too, where it says where they are.
-    """
+def request_of(job: JobSpec) -> Request:
+    """A training job's request; for its parameter servers too, where it says where they are."""
     resources, strategy = job.resources, job.strategy
     wanted = None
-    if servers and isinstance(strategy, ParameterServerSpec) and strategy.places_servers:
+    if isinstance(strategy, ParameterServerSpec) and strategy.places_servers:
         wanted = Servers(strategy.servers, strategy.server_placement, strategy.server_labels)
     return Request(resources.workers, bundle_of(job), resources.placement, resources.labels, wanted)
 
@@ -173,7 +169,7 @@ def _attempt(nodes: Sequence[Node], request: Request, free: bool) -> Plan | None
     ranks = _assign(rooms, request)
     if servers is None:
         return Plan(tuple(ranks), fits_now=free)
-    places = server_nodes(servers.placement, _for_servers(nodes, servers), ranks, servers.count)
+    places = _place_servers(nodes, servers, ranks)
     return Plan(tuple(ranks), tuple(places), tuple(reserved), free) if places else None
 
 
@@ -228,6 +224,16 @@ def _even_shares(rooms: Sequence[tuple[Node, int]], wanted: int) -> list[int]:
     return shares
 
 
+def server_places(nodes: Iterable[Node], strategy: ParameterServerSpec, workers: Sequence[str]) -> list[str]:
+    """The node of each server of a strategy, given those of the ranks; empty if no node will do."""
+    servers = Servers(strategy.servers, strategy.server_placement, strategy.server_labels)
+    return _place_servers(nodes, servers, workers)
+
+
+def _place_servers(nodes: Iterable[Node], servers: Servers, workers: Sequence[str]) -> list[str]:
+    return server_nodes(servers.placement, _for_servers(nodes, servers), workers, servers.count)
+
+
 def _for_servers(nodes: Iterable[Node], servers: Servers) -> dict[str, bool]:
     """Nodes with the servers' labels, and whether they have CPUs; without those one is no place for servers apart."""
     found = {node.id: node.total.get("CPU", 0.0) > 0 for node in nodes if satisfies(node.labels, servers.labels)}
@@ -275,7 +281,7 @@ def _no_gpus(nodes: Sequence[Node], request: Request, cluster: str) -> str | Non
     if not each or any(node.total.get("GPU", 0.0) for node in nodes):
         return None
     return (f"the job asks for {request.workers * each:g} GPUs ({request.workers} workers x {each:g}), this "
-            f"{cluster} has none ({kinds(nodes)}); set resources.gpus_per_worker to 0, or go where there are")  # fmt: skip
+            f"{cluster} has none ({kinds(nodes)}); set resources.gpus_per_worker to 0 for CPUs")  # fmt: skip
 
 
 def _no_accelerator(nodes: Sequence[Node], request: Request) -> str | None:

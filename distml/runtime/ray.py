@@ -36,7 +36,7 @@ from distml.runtime.deaths import CONNECTION_BROKE, cause_of_death
 from distml.runtime.endings import close_within
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
 from distml.runtime.nodes import wait_for_verdict
-from distml.runtime.placement import check_resources, place, server_nodes
+from distml.runtime.placement import check_resources, place, server_node, wait_for_place
 from distml.runtime.seats import Seat, nodes_of, seats_of
 from distml.runtime.transport import Transport, choose, fall_back
 from distml.spec.schema import JobSpec, ParameterServerSpec
@@ -131,8 +131,8 @@ class RayRuntime:
 
     def _take_seats(self) -> None:
         """Reserve a place for each worker."""
-        check_resources(self.job, self.owns_ray)
-        self.group = self.given_place or place(self.job)
+        outlook = check_resources(self.job, self.owns_ray)
+        self.group = self.given_place or place(self.job, outlook, lambda text: self.say(text))
         self.seats = seats_of(self.group)
 
     def _description(self) -> Description:
@@ -251,15 +251,10 @@ class RayRuntime:
 
     def _server(self, index: int) -> Any:
         server: Any = ServerActor
-        node = self._server_node(index)
+        node = server_node(self.job, self._nodes(), index)
         # Not soft, which Ray takes for no wish where no CPU is reserved. A node that has just left is a lost server.
         there = NodeAffinitySchedulingStrategy(node, soft=False)
         return server.options(scheduling_strategy=there).remote(index, self.job_json, self.directory, self.injections)
-
-    def _server_node(self, index: int) -> str:
-        assert isinstance(self.job.strategy, ParameterServerSpec)
-        alive = {node["NodeID"]: node["Resources"].get("CPU", 0.0) > 0 for node in ray.nodes() if node["Alive"]}
-        return server_nodes(self.job.strategy.server_placement, alive, self._nodes(), index + 1)[index]
 
     def _build_workers(self, ranks: list[int]) -> None:
         files = self.sources.files
@@ -578,6 +573,7 @@ class RayRuntime:
         nodes, self.lost_nodes = self.lost_nodes, {}
         wait_for_verdict(nodes, self.job.limits.start_s)  # else Ray would place the new ones on a node that has gone
         try:
+            self._wait_for_place()
             if only_workers and not self._needs_everyone and self._all_rejoin(roles, cut):
                 return False
             went_back = True
@@ -588,7 +584,16 @@ class RayRuntime:
                     self.lost[role] = "it could not be replaced yet"
             self._mark_lost(again.role, again.cause)
             self.lost.setdefault(again.role, again.cause)
+        except UsageError:
+            if not self.stop_asked:
+                raise
+            self.lost |= dict.fromkeys(roles, "it was not replaced: the run was asked to end")
         return went_back
+
+    def _wait_for_place(self) -> None:
+        """Until those that were lost with their node have another one."""
+        if self.group is not None and self.given_place is None:
+            wait_for_place(self.group, self.job, lambda text: self.say(text), lambda: self.stop_asked)
 
     def _all_rejoin(self, roles: list[str], cut: Cut | None) -> bool:
         rejoined = [self._rejoin(int(role.split()[1]), cut) for role in roles]

@@ -17,7 +17,7 @@ from distml.exchange.channel import PULL, Head
 from distml.exchange.layout import Layout
 from distml.runs.checkpoints import CheckpointStore
 from distml.runtime.actors import INLINE_BYTES
-from distml.runtime.placement import server_nodes
+from distml.runtime.planning import server_nodes
 from distml.strategies.agenda import Agenda
 from distml.strategies.parameter_server import Clock
 from distml.strategies.shard import Shard
