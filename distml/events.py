@@ -64,7 +64,7 @@ class WrittenPart:
 
 @dataclass
 class Snapshot:
-    """This worker's state at `version`.
+    """This worker's state at `version`; without a shared half, its own at a pause, where no rank speaks for all.
 
     Attributes:
         own: position of the stream, random states, meter, seconds; JSON values and arrays.

@@ -32,7 +32,7 @@ from distml.memory import resident_bytes
 from distml.runs.checkpoints import ranks_folder_name
 from distml.runs.parts import MODEL, PartReader, Piece, write_part
 from distml.spec.schema import JobSpec
-from distml.strategies.agenda import crossed
+from distml.strategies.agenda import PAUSED, crossed
 from distml.strategies.base import BadLossError, Meter, seed_everything
 from distml.strategies.build import build_strategy
 from distml.tasks.base import Mean, Part, Stream, Task, as_means
@@ -180,6 +180,8 @@ class Trainer:
             self.activity = "after_update"
             strategy.step()
             yield from self._after_step(before)
+        if strategy.finished == PAUSED and not self.job.strategy.is_synchronous:
+            yield Snapshot(self.rank, strategy.progress.version, self.own_state(), None, None, False, False, True)
         if strategy.finished is not None:
             yield Finished(self.rank, strategy.progress.version, strategy.finished)
 

@@ -52,6 +52,22 @@ def test_pauses_change_nothing(changes):
     member.close()
 
 
+def test_asynchronous_workers_all_go_on_where_they_were():
+    """One of them makes the version of the pause; the half of the other, slow one is kept too."""
+    job = small_job(strategy=ASYNC, inline={"speeds": [1, 0.25]}, **TWO)
+    member = member_of(job)
+    kept = member.advance(10, keep=True).state
+    rounds = [kept.own[rank]["stream"]["round"] for rank in range(2)]
+    assert rounds[0] >= 2 * rounds[1] > 0
+    assert sum(rounds) >= 10
+    other = member_of(job, kept)
+    for one in (member, other):
+        later = one.advance(20, keep=True).state.own
+        assert sum(later[rank]["stream"]["round"] for rank in range(2)) >= sum(rounds) + 10
+        assert later[1]["stream"]["round"] < later[0]["stream"]["round"] // 2 + 2
+        one.close()
+
+
 def test_a_pause_is_a_checkpoints_boundary_for_what_acts():
     """Environments begin anew at a pause, as a run's do at its checkpoints; without them it is another run."""
     job = acting_job()
