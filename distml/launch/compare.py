@@ -185,7 +185,7 @@ def run_one(source: str, one: Variation, overrides: Sequence[str], out: Path, he
         UsageError: its spec is refused, or its directory holds a run of another spec.
         RunError: it failed.
     """
-    laid_over = [*overrides, *one.overrides]
+    laid_over = [*overrides, *one.overrides, "storage=null"]  # all have one name, and would be one run there
     if (workers := workers_of_single(source, laid_over)) is not None:
         print(f"{head}: resources.workers: {workers} -> 1, as strategy single has one worker", flush=True)
         laid_over.append("resources.workers=1")

@@ -45,6 +45,7 @@ from distml.spec.language_rules import RUN_TOKENIZER, TextTaskSpecs
 from distml.spec.loader import LoadedSpec, load_spec
 from distml.spec.nas import NasSpec
 from distml.spec.over_jobs import OverJobs
+from distml.spec.placement_rules import why_not_inline
 from distml.spec.population import PopulationSpec
 from distml.spec.rl_rules import follows_workers
 from distml.spec.rllib import RLlibSpec
@@ -136,7 +137,7 @@ def run(
         where = "ray"
         check_rllib_arguments(runtime, inject)
     else:
-        alone = job.resources.workers == 1 and not job.resources.gpus_per_worker
+        alone = job.resources.workers == 1 and why_not_inline(job) is None
         where = runtime or ("inline" if alone else "ray")
         check_injections(inject, job, where)
     if job.storage is not None:
@@ -457,10 +458,9 @@ def make_group(
     if runtime == "inline":
         if address is not None:
             raise UsageError("--address names a Ray cluster; it needs --runtime ray")
-        if loaded.job.resources.gpus_per_worker:
-            raise UsageError(
-                "resources.gpus_per_worker needs --runtime ray: inline workers share one process on the CPU"
-            )
+        problem = why_not_inline(loaded.job)
+        if problem is not None:
+            raise UsageError(problem)
         from distml.runtime.inline import InlineRuntime
 
         return InlineRuntime(loaded.job, sources, inject, directory)

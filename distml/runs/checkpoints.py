@@ -418,6 +418,12 @@ class CheckpointStore:
             best = pending or self._read_best()
         return (best.step, best.value) if best is not None and metric in (None, best.metric) else None
 
+    def stored_best_step(self) -> int | None:
+        """The step that best.json names, whether its checkpoint is here or not."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return int(json.loads((self.root / BEST).read_bytes())["step"])
+        return None
+
     # -- reading
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, oldest first."""

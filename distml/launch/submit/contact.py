@@ -13,7 +13,6 @@ import ipaddress
 import json
 import os
 import sys
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distml.errors import UsageError
+from distml.limited import within as within_limit
 from distml.spec.yaml import one_line
 
 T = TypeVar("T")
@@ -265,23 +265,10 @@ def within(seconds: float, awaited: str, call: Callable[[], T]) -> T:
     Raises:
         NotReached: it takes longer; the message names what was awaited.
     """
-    answers: list[T] = []
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            answers.append(call())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work, name="distml-submit", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not answers:
-        raise NotReached(f"waited {seconds:g} s for {awaited}; is the cluster's head alive, and the tunnel to it?")
-    return answers[0]
+    try:
+        return within_limit(seconds, awaited, call)
+    except TimeoutError as error:
+        raise NotReached(f"{error}; is the cluster's head alive, and the tunnel to it?") from None
 
 
 def check_version(cluster: str, client: str, url: str) -> None:

@@ -9,6 +9,7 @@ missing is one line and exit 2, and nothing is ever installed. A run's directory
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from pathlib import Path
 NEEDED = ("ray", "torch", "numpy", "pydantic", "PyYAML", "typer", "rich", "safetensors", "psutil")
 OFTEN_NEEDED = ("gymnasium", "scikit-learn", "tokenizers", "tensorboard", "matplotlib")
 ROOT = "DISTML_RUNS"
+RUN = "DISTML_RUN"  # set here: a stored run has the name that it was submitted under
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for a job's driver
 RESULT_MARK = "::distml-result "  # the client takes this line out of the log
 USAGE = 2
@@ -31,10 +33,15 @@ def main(arguments: list[str]) -> int:
         arguments: the run's name, the spec, and options of `distml run`.
     """
     run, spec, *options = arguments
-    out = runs_root() / run
     lacking = missing(NEEDED)
     if lacking:
         print(f"error: {lacking_line(lacking)}", flush=True)
+        return USAGE
+    os.environ[RUN] = run
+    try:
+        out = directory_of(run, spec, options)
+    except ValueError as error:
+        print(f"error: {error}", flush=True)
         return USAGE
     print(f"{versions()}; run directory {out}", flush=True)
     others = missing(OFTEN_NEEDED)
@@ -46,6 +53,37 @@ def main(arguments: list[str]) -> int:
     if code != USAGE:
         report(out)
     return code
+
+
+def directory_of(run: str, spec: str, options: list[str]) -> Path:
+    """Where the run is kept: with a folder as its storage in that, else below `runs_root`.
+
+    Raises:
+        ValueError: the storage is a folder of the current directory, which Ray removes after the job.
+    """
+    from distml.errors import UsageError
+    from distml.runs.stored import folder_of
+    from distml.spec.loader import load_spec
+
+    overrides = [text for option, text in itertools.pairwise(options) if option == "--set"]
+    try:
+        storage = load_spec(spec, overrides).job.storage
+    except UsageError:  # `distml run` says so
+        storage = None
+    folder = folder_of(storage)
+    if folder is not None and not folder.is_absolute():
+        raise ValueError(f"storage {storage} is relative to a folder that Ray removes after the job; write the whole "
+                         "path of a folder that every node sees")  # fmt: skip
+    return (runs_root() if folder is None else folder) / run
+
+
+def run_name(job: str) -> str:
+    """The name under which a run is stored: in a submitted job the run's, else that of its job.
+
+    Args:
+        job: the job's name.
+    """
+    return os.environ.get(RUN) or job if IN_JOB in os.environ else job
 
 
 def runs_root() -> Path:
