@@ -7,6 +7,7 @@ import re
 from distml.memory import OUT_OF_MEMORY, binary_size, group_limit, memory_bytes
 
 CONNECTION_BROKE = "the connection to it broke: it died, or its node or the network did"
+NODE_LOST = "its node was lost"
 
 
 def cause_of_death(error: Exception, *, kernel_killed: bool) -> str:
@@ -25,6 +26,8 @@ def cause_of_death(error: Exception, *, kernel_killed: bool) -> str:
         return f"{OUT_OF_MEMORY}: killed by the kernel, {allowance()}"
     if type(error).__name__ == "ActorUnavailableError":
         return CONNECTION_BROKE
+    if "node has died" in text:
+        return NODE_LOST
     if "creation task" in text:
         return text[-300:]
     if "connection error" in text or "SYSTEM_ERROR" in text:

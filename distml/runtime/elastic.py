@@ -18,13 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distml.errors import UsageError
 from distml.runtime.cut import Cut, reshard
+from distml.runtime.nodes import wait_for_verdict
 from distml.runtime.placement import check_resources
 from distml.runtime.ray import ProcessLostError, RayRuntime, without_spent
-from distml.runtime.seats import POLL_S, Room, Seat, living_nodes, nodes_of, ranked
+from distml.runtime.seats import Room, Seat, living_nodes, nodes_of, ranked
 from distml.runtime.transport import choose
 from distml.spec.schema import JobSpec
 from distml.tasks.sources import SourceTree
@@ -47,7 +47,7 @@ class ElasticRuntime(RayRuntime):
     def _take_seats(self) -> None:
         """As many as there is room for."""
         fewest = self.room.range.min
-        check_resources(self.elastic_job.with_workers(fewest), self.owns_ray)
+        self.room.clear_of = check_resources(self.elastic_job.with_workers(fewest), self.owns_ray).reserved
         self._sit(self.room.at_least(fewest))
 
     def _sit(self, seats: list[Seat]) -> None:
@@ -92,7 +92,9 @@ class ElasticRuntime(RayRuntime):
     def recover(self, cut: Cut | None) -> bool:
         """Replace what is lost where its place is still there; else go on with the others."""
         roles = list(self.lost)
-        if self._keep_their_seats(roles) and not self.wants_more:  # else some have heard that they are to end
+        nodes, self.lost_nodes = self.lost_nodes, {}
+        wait_for_verdict(nodes, self.job.limits.start_s)
+        if self._all_seats_stay() and not self.wants_more:  # else some have heard that they are to end
             return super().recover(cut)
         self.injections, self.lost = without_spent(self.injections, roles), {}
         self._guarded(roles, lambda: self._regroup(cut))
@@ -110,22 +112,11 @@ class ElasticRuntime(RayRuntime):
                 raise
             self.lost |= dict.fromkeys(roles, "it was not replaced: the run was asked to end")
 
-    def _keep_their_seats(self, roles: list[str]) -> bool:
-        """Whether all places are there, and where they were; waits until that is known of silent nodes."""
-        ranks = [int(role.split()[1]) for role in roles if role.startswith("rank")]
-        nodes = [node for index, node in enumerate(nodes_of(self.seats)) if index in ranks]
-        probes = {_answers.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
-                  for node in set(nodes) & living_nodes()}  # fmt: skip
-        deadline = time.monotonic() + self.job.limits.lost_after_s
-        pending = list(probes)
-        while pending and time.monotonic() < deadline and not self.stop_asked:
-            _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
-            alive = living_nodes()
-            pending = [probe for probe in pending if probes[probe] in alive]
-        silent = {probes[probe] for probe in pending}
+    def _all_seats_stay(self) -> bool:
+        """Whether all places are there, and where they were."""
         places = nodes_of(self.seats)
         stayed = all(places[rank] == facts["node"] for rank, facts in self.facts.items())
-        return stayed and set(places) <= living_nodes() - silent
+        return stayed and set(places) <= living_nodes()
 
     # ------------------------------------------------------------------------------------------------------- both
     def _regroup(self, cut: Cut | None) -> None:
@@ -144,7 +135,7 @@ class ElasticRuntime(RayRuntime):
                 ray.kill(worker, no_restart=True)
         self.wants_more = False
         self._forget()
-        kept = {rank: sat[seat] for rank, seat in enumerate(self.seats) if sat.get(seat) is not None}
+        kept = {rank: worker for rank, seat in enumerate(self.seats) if (worker := sat.get(seat)) is not None}
         self.workers = {rank: kept[rank] if rank in kept else self._worker(rank) for rank in range(self.size)}
         self._choose_again()
         self._ask({f"rank {rank}": worker.take_rank.remote(rank, self.job_json, self.injections)
@@ -176,8 +167,3 @@ class ElasticRuntime(RayRuntime):
         self._ask({f"server {index}": server.take.remote(self.job_json) for index, server in self.servers.items()},
                   "the job of another size to be taken")  # fmt: skip
         self._start_servers()
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _answers() -> None:
-    """That it runs says that its node does."""

@@ -14,7 +14,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from distml.errors import UsageError
-from distml.runtime.placement import bundle_of, in_rank_order, reserve
+from distml.runtime.placement import cluster_nodes, in_rank_order, reserve
+from distml.runtime.planning import bundle_of, capacity, counted, request_of
 from distml.spec.schema import JobSpec
 
 READY = "CREATED"
@@ -65,11 +66,15 @@ class Room:
         job: the spec, with a range of workers.
         say: where it is told what is waited for.
         is_over: whether a wait is to end, since the run is asked to.
+
+    Attributes:
+        clear_of: nodes that are for servers alone.
     """
 
     def __init__(self, job: JobSpec, say: Callable[[str], None], is_over: Callable[[], bool]) -> None:
         assert job.resources.elastic is not None
         self.job, self.range, self.say, self.is_over = job, job.resources.elastic, say, is_over
+        self.clear_of: Sequence[str] = ()
         self.groups: list[PlacementGroup] = []
         self.asked: PlacementGroup | None = None
         self.asked_at = 0.0
@@ -100,7 +105,7 @@ class Room:
                 raise UsageError(f"asked to end while it waited for room for {number} workers")
             if now - began > limit:
                 raise UsageError(f"after {limit:g} s there is room for {len(seats)} of at least {number} workers "
-                                 f"with {bundle_of(self.job)} each; add nodes, wait for other jobs, or raise "
+                                 f"with {counted(bundle_of(self.job))} each; add nodes, wait for other jobs, or raise "
                                  "limits.start_s")  # fmt: skip
             if now - said > SAY_EVERY_S:
                 said = now
@@ -128,7 +133,7 @@ class Room:
         wanted = max(wanted, needed - have)
         self.refused = None if wanted <= 0 else self.refused
         if wanted > 0:
-            self.asked, self.asked_at = reserve(self.job.with_workers(wanted)), time.monotonic()
+            self.asked, self.asked_at = reserve(self.job.with_workers(wanted), self.clear_of), time.monotonic()
 
     def _look(self, needed: int) -> None:
         """Whether what was asked for is there; what does not come goes, unless it is no more than is needed."""
@@ -141,9 +146,10 @@ class Room:
             self.refused, self.asked = self.asked.bundle_count, None
 
     def _free(self) -> int:
-        """How many workers' resources are free, wherever they are."""
-        there = ray.available_resources()
-        return int(min(there.get(name, 0.0) // amount for name, amount in bundle_of(self.job).items()))
+        """How many workers there seems to be room for now."""
+        request, there = request_of(self.job), ray.available_resources()
+        known = capacity(cluster_nodes(), request, free=True)  # others than groups may have something too
+        return min([known, *(int(there.get(name, 0.0) // amount) for name, amount in request.each.items())])
 
     def release_others(self, used: Sequence[Seat]) -> None:
         """Give back groups of which no seat is used, where all that may be used are."""

@@ -55,7 +55,8 @@ def act(cluster: Cluster, case: dict[str, Any], out: Path) -> dict[str, Any]:
         ended = distml.run(case["spec"], out=out, runtime="ray", inject=case.get("inject", ()), display=scene).status
     except DistmlError as error:
         ended = str(error)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     return {"notes": scene.lines, "ended": ended, "sizes": [(row["step"], row["runtime/workers"]) for row in rows]}
 
 
@@ -66,7 +67,7 @@ def main(cases: str, out: str) -> None:
 
     elastic.LOOK_S, elastic.GROW_EVERY_S = 0.5, 1.0
     # A node that has gone is declared lost soon.
-    soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 500}
+    soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 4, "health_check_initial_delay_ms": 500}
     head = {"num_cpus": WORKERS_ON_HEAD, "include_dashboard": False, "_system_config": soon}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1)
