@@ -78,10 +78,10 @@ class Watched:
         pairs = zip(self.seen, self.seen[1:], strict=False)
         return max((later[0] - earlier[0] for earlier, later in pairs if later[0] > since), default=float("inf"))
 
-    def restarts(self) -> int:
-        """How often the run had to go back, as its result says."""
+    def metric(self, name: str) -> float:
+        """What result.json has last; 0 where it has none."""
         metrics = json.loads((self.directory / "result.json").read_bytes())["metrics"]
-        return int(metrics.get("runtime/restarts", 0))
+        return float(metrics.get(name, 0.0))
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ from distml.strategies.agenda import Agenda
 
 RESULT_EVERY_S = 1.0
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+OF_THE_RUN = ("timing/start_s", "timing/recover_s", "runtime/restarts")  # metrics of no step
 EXIT_STATUS = {"goal": "goal_met", "requested": "interrupted"}
 
 
@@ -414,7 +415,7 @@ class Driver:
         if self.cut is not None:
             self._remember(self.cut)
         from_version = self.cut.version if self.cut is not None else 0
-        left = self.store.ranks_folders()
+        left, declared = self.store.ranks_folders(), time.perf_counter()
         try:
             went_back = self.group.recover(self.cut)
         except UsageError as error:  # no place, no answer: what is a user's matter at the start is a failure now
@@ -424,6 +425,7 @@ class Driver:
         self._forget_candidates(None if went_back else event.role)
         if went_back:
             self.store.discard(left)
+        self.metrics["timing/recover_s"] = time.perf_counter() - declared
         size = self._follow_size()
         what = f"all go on from step {from_version}{size}" if went_back else "the others went on; it rejoins"
         self.display.note(f"{event.role} was lost at step {self.version} ({event.cause}): {what} "
@@ -451,7 +453,7 @@ class Driver:
         if self.cut is not None:
             self._remember(self.cut)
         self.merger.restore(version, rows)
-        kept = {name: self.metrics[name] for name in ("timing/start_s", "runtime/restarts") if name in self.metrics}
+        kept = {name: self.metrics[name] for name in OF_THE_RUN if name in self.metrics}
         self.metrics = {name: value for row in rows for name, value in row.items() if "/" in name} | kept
         self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith("test/")}
 
