@@ -381,8 +381,8 @@ def check_resume(
         allowed: tuple[str, ...] = OVER_MAY_CHANGE
     else:
         allowed = (*MAY_CHANGE, "batch_size") if follows_workers(loaded.job) else MAY_CHANGE
-    forbidden = [line for key, line in changed
-                 if key not in allowed and not (over and line.startswith("base.limits."))]  # fmt: skip
+    below = ("base.limits.", "base.stop.") if isinstance(loaded.job, PopulationSpec) else ("base.limits.",)
+    forbidden = [line for key, line in changed if key not in allowed and not (over and line.startswith(below))]
     if forbidden and over and not has_trained(directory):
         display.note(f"nothing was trained here before; it begins anew with {'; '.join(forbidden[:3])}")
         return False
@@ -393,7 +393,7 @@ def check_resume(
             f"--fresh to move the old one away{init}"
         )
     if earlier.status in ("done", "goal_met", "goal_missed") and not any(
-        key in ("stop", "trials") for key, _ in changed
+        key in ("stop", "trials") or line.startswith("base.stop.") for key, line in changed
     ):
         return None
     if earlier.status == "running":

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distml.errors import UsageError
 from distml.population.individual import Individual, Values
 from distml.runs.checkpoints import CheckpointStore, folder_name
 from distml.runs.directory import RunDirectory
 from distml.runs.files import write_atomically
 from distml.runs.tensorboard import TensorBoardRows
 from distml.spec.language_rules import RUN_TOKENIZER
-from distml.spec.loader import LoadedSpec, with_values
+from distml.spec.loader import LoadedSpec, load_train, with_values
 from distml.spec.population import PopulationSpec
 from distml.spec.schema import JobSpec
 
@@ -59,6 +60,13 @@ class MemberFolder:
         spec = with_values(self.base, values, name=name, evaluate={"every": every}, checkpoint=checkpoint)
         self._newest = dict(values), spec
         return spec
+
+    def has_other_stop(self) -> bool:
+        """Whether the member trained for another budget before than its base gives it now."""
+        try:
+            return load_train(self.directory.spec).job.stop != self.base.job.stop
+        except UsageError:  # nothing was written yet
+            return False
 
     def write_spec(self, values: Values) -> None:
         """Keep the spec with these values."""

@@ -39,8 +39,9 @@ from distml.population.folder import MEMBERS, MemberFolder
 from distml.population.host import Advanced, Answer, Copied, Gone, Host, Ready
 from distml.population.individual import Held, Individual, Order, Record, Values
 from distml.population.lineage import Lineage
-from distml.population.saving import RECORD, Best, Saver, Snapshot, cut_of, read_population, record_of
-from distml.runs.checkpoints import CheckpointDamaged, folder_name
+from distml.population.recovery import Recovery
+from distml.population.saving import Best, Saver, Snapshot, read_population
+from distml.runs.checkpoints import folder_name
 from distml.runs.files import write_atomically
 from distml.runs.history import Goal
 from distml.runtime.endings import StopSignals, close_all, record_of_end
@@ -102,6 +103,7 @@ class PopulationRun:
         self.hosts = self.host.hosts
         self.signals.take()
         self.saver = Saver(self.directory.path, self.folders, self.host.fetch, self.metric)
+        self.recovery = Recovery(self.host, self.folders, self.saver, self.display.note)
         if earlier is not None:
             self._recall(earlier)
         self.lineage.cut_back({name: one.events for name, one in self.members.items()})
@@ -282,7 +284,8 @@ class PopulationRun:
         one.phase, one.order, one.cause, one.died = "lost", None, answer.cause, answer.kind == "died"
         one.losses, one.losses_in_a_row = one.losses + 1, one.losses_in_a_row + 1
         if before == "copying" and order is not None and order.source is not None:
-            self._check_donor(self.members[order.source[0]])
+            donor = self.members[order.source[0]]
+            donor.measured = self.recovery.secured(donor.measured)  # it may be what has died
         self.host.release(one.name)
         if one.losses_in_a_row > self.job.limits.max_restarts:
             self._give_up(one)
@@ -457,33 +460,9 @@ class PopulationRun:
         return Snapshot(self.wall_s, dict(self.durable), self.best)
 
     def _rescue(self, one: Individual) -> None:
-        """Bring what is left of a lost member's states to safety: they may have been in its process."""
-        before, measured = one.own, one.measured
-        held = self._secured(one.own)
-        one.measured = held if measured is one.own else self._secured(measured)
-        if held is not None and one.own is one.record.held:
-            one.record = replace(one.record, held=held)
-        elif (kept := self._secured(one.record.held)) is not None:
-            one.record = replace(one.record, held=kept)
-        else:
-            one.record = self._from_disk(one)
+        """What is left of a lost member's states is what a recovery and a resume go on from."""
+        self.recovery.rescue(one)
         self.whole[one.name] = self.durable[one.name] = one.record
-        one.own = held or one.record.held
-        if one.own.step < before.step:
-            self.folders[one.name].cut_back(one.own.step)
-
-    def _secured(self, held: Held | None) -> Held | None:
-        """The same, kept by nobody's process but the run's; None: it is lost."""
-        if held is None or held.state is None:
-            return held
-        try:
-            return replace(held, state=self.host.put(self.host.fetch(held.state)))
-        except LookupError:
-            return None
-
-    def _check_donor(self, donor: Individual) -> None:
-        """Whether what others would copy is still there."""
-        donor.measured = self._secured(donor.measured)
 
     def _look_after_lost(self) -> None:
         """Members in no slot whose states were kept by a process that died: they go on like lost ones."""
@@ -497,15 +476,6 @@ class PopulationRun:
                 one.cause, one.reason, one.died = "its state was lost with the process that kept it", None, True
                 one.losses += 1
                 self._replace(one)
-
-    def _from_disk(self, one: Individual) -> Record:
-        """The newest checkpoint of a member, and with it its record; else it begins anew."""
-        self.saver.wait()
-        checkpoint = self.folders[one.name].store.newest_good(self.display.note)
-        if checkpoint is None or RECORD not in checkpoint.state:
-            return Record(Held(0, one.own.values, None), None, one.decisions, one.events, one.losses, one.copies)
-        found = record_of(checkpoint.state[RECORD], self.host.put(cut_of(checkpoint)))
-        return replace(found, events=one.events, losses=one.losses, copies=one.copies)
 
     def _give_up(self, one: Individual) -> None:
         self.display.note(f"member {one.name} is given up: {one.cause}")
@@ -535,18 +505,8 @@ class PopulationRun:
         """Go on from population.json and the checkpoints that it names."""
         self.earlier_s = float(earlier["wall_s"])
         for name, values in earlier["members"].items():
-            one = self._new(name)
-            one.record = self._recalled(name, values)
-            record = one.record
-            one.own = record.held
-            one.decisions, one.events, one.losses = record.decisions, record.events, record.losses
-            one.copies = record.copies
-            one.seconds, one.reason = record.seconds, record.reason
-            one.measured = record.held if record.held.score is not None else None
-            if record.reason is not None or record.error is not None:
-                one.phase = "over"
-            self.members[name] = one
-            self.saver.saved[name] = record.held.step
+            self.members[name] = self._new(name)
+            self.recovery.recall(self.members[name], values)
         best = earlier["best"]
         if best is not None and best["step"] in self.folders[best["member"]].store.steps():
             self.best = Best(best["member"], Held(best["step"], best["values"], None, best["value"], best["metrics"]))
@@ -555,21 +515,6 @@ class PopulationRun:
         self.decided -= self.decided % self.job.every
         self.target = self.decided + self.job.every
         self.display.note(f"resuming at {self.total_steps} steps of all members together")
-
-    def _recalled(self, name: str, values: Mapping[str, Any]) -> Record:
-        if not values["checkpoint"]:
-            return record_of(values, None)
-        store, step = self.folders[name].store, int(values["step"])
-        try:
-            checkpoint = store.load(step)
-        except (CheckpointDamaged, UsageError) as error:
-            found = store.newest_good(self.display.note)
-            if found is None or RECORD not in found.state:
-                self.display.note(f"member {name}: {error}; it has no other one, and begins anew")
-                return self._new(name).record
-            self.display.note(f"member {name}: {error}; it goes on from an older one")
-            checkpoint, values = found, found.state[RECORD]
-        return record_of(values, self.host.put(cut_of(checkpoint)))
 
     # --------------------------------------------------------------------------------------------------------- the end
     def _finish(self, reason: str) -> None:

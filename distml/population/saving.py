@@ -185,7 +185,8 @@ def read_population(directory: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
         if found["format"] != FORMAT:
             raise ValueError(f"its format is {found['format']!r}")
-        found["members"].items()
+        for values in found["members"].values():
+            record_of(values, None)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{path} is not what a population leaves ({error}); --fresh begins anew") from error
     return dict(found)

@@ -81,7 +81,11 @@ def _paths(job: PopulationSpec | SweepSpec | NasSpec, space: Space, variant: Var
     fixed = FIXED_IN_POPULATIONS if live else FIXED
     known = [path for path in paths_of(job.base.model_dump(mode="python", by_alias=True)) if not within(path, fixed)]
     for dimension in space:
-        if within(dimension.path, fixed):
+        below = [path for path in known if path.startswith(f"{dimension.path}.")]
+        if within(dimension.path, fixed) and below:  # what may not be searched is only a part of it
+            yield Problem(f"space.{dimension.path} is a whole block, and not all in it may be searched; name a single "
+                          f"value below it, for example {below[0]}", (("space", dimension.path),))  # fmt: skip
+        elif within(dimension.path, fixed):
             why = "a member keeps it while it trains" if live else "it is the same for all"
             yield Problem(f"space.{dimension.path} may not be searched: {why}; remove it (what may, for example: "
                           f"{', '.join(_shown(known))})", (("space", dimension.path),))  # fmt: skip

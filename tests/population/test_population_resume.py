@@ -267,3 +267,38 @@ def test_a_mistake_may_be_mended_before_anything_was_trained(
         forget(directory)
         assert not has_begun(directory)
         assert not (tmp_path / "members").exists()
+
+
+@pytest.mark.parametrize("steps", [16, 32])
+def test_members_that_are_given_more_go_on(steps: int, tmp_path: Path) -> None:
+    """With the same budget nobody does."""
+    run_with(toy(base__stop__steps=16), tmp_path)
+    host = PlainHost(2)
+    _, result = run_with(toy(base__stop__steps=steps), tmp_path, host, resume=True)
+    finished = [event for event in lineage(tmp_path) if event["event"] == "finish"]
+    assert (result.step, result.status) == (2 * steps, "done")
+    assert [event["step"] for event in finished] == sorted([16, 16, *([32, 32] if steps == 32 else [])])
+    assert all(rows[-1]["step"] == steps for rows in per_member(lineage(tmp_path)).values())
+
+
+def test_a_resume_may_give_members_more(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path) as directory:
+        shutil.copy(OWN / "surrogate.py", tmp_path)
+        directory.write_spec(load_spec(toy(), directory=OWN).dump())
+        directory.result.update(status="done", step=480)
+        (tmp_path / "population.json").write_text('{"members": {"00": {"checkpoint": true}}}')
+        known, display = directory.result.read(), Kept()
+        assert check_resume(directory, load_spec(toy(), directory=OWN), known, display) is None
+        more = load_spec(toy(base__stop__steps=300), directory=OWN)
+        assert check_resume(directory, more, known, display) is True
+        assert display.lines == ["changed: base.stop.steps: 240 -> 300"]
+
+
+def test_a_file_of_an_earlier_version_is_one_line(tmp_path: Path) -> None:
+    run_with(toy(base__stop__steps=16), tmp_path)
+    path = tmp_path / "population.json"
+    found = json.loads(path.read_text())
+    del found["members"]["01"]["copies"]
+    path.write_text(json.dumps(found))
+    with pytest.raises(UsageError, match=r"is not what a population leaves \('copies'\); --fresh begins anew"):
+        run_with(toy(base__stop__steps=16), tmp_path, resume=True)

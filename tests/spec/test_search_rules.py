@@ -74,7 +74,8 @@ LR = "optimizer.lr: {loguniform: [1.0e-5, 1.0e-1]}"
         ("xyz: {uniform: [0, 1]}", 3, "there are, for example: optimizer.lr, optimizer.weight_decay, "),
         ("stop.steps: {randint: [1, 9]}", 3, "space.stop.steps may not be searched: a member keeps it while it trains; "
                                              "remove it (what may, for example: optimizer.lr, "),
-        ("optimizer: {choice: [sgd, adam]}", 3, "space.optimizer may not be searched"),
+        ("optimizer: {choice: [sgd, adam]}", 3, "space.optimizer is a whole block, and not all in it may be searched; "
+                                                "name a single value below it, for example optimizer."),
         ("task.model.hidden.0: {randint: [8, 64]}", 3, "space.task.model.hidden.0 may not be searched"),
         ("strategy.inner_steps: {randint: [1, 9]}", 3, "space.strategy.inner_steps may not be searched"),
         ("seed: {randint: [1, 9]}", 3, "space.seed may not be searched"),
