@@ -42,7 +42,8 @@ from distml.runs.over import ENDS
 from distml.runs.units import number
 from distml.runtime.connection import connect, diverted_output
 from distml.runtime.endings import StopSignals, close_all, close_within, record_of_end
-from distml.runtime.placement import check_resources
+from distml.runtime.placement import check_resources, cluster_nodes
+from distml.runtime.planning import capacity, request_of
 from distml.spec.loader import with_values
 from distml.spec.search_rules import space_of
 from distml.spec.sweep import SweepSpec
@@ -100,7 +101,7 @@ class SweepRun:
         cores = len(os.sched_getaffinity(0))
         slots = self.job.max_concurrent or max(1, cores // base.resources.cpus_per_worker)
         self.owns_ray = connect(self.context.address, slots * base.resources.cpus_per_worker, self.job.limits.start_s)
-        check_resources(base, self.owns_ray)
+        check_resources(base.model_copy(update={"limits": self.job.limits}), self.owns_ray)
         self.signals.take()
         self.slots = min(slots, self._fitting()) if self.owns_ray or self.job.max_concurrent else self._fitting()
         self._check_limit()
@@ -117,9 +118,7 @@ class SweepRun:
 
     def _fitting(self) -> int:
         """Trials that fit into the cluster at once."""
-        resources, there = self.job.base.resources, ray.cluster_resources()
-        asked = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-        return max(1, min(int(there.get(name, 0) // amount) for name, amount in asked.items() if amount))
+        return max(1, capacity(cluster_nodes(), request_of(self.job.base)))
 
     def _check_limit(self) -> None:
         """On a cluster a scheduler that wants all trials at once is held by resources alone."""

@@ -29,6 +29,7 @@ from distml.population.applied import asked, equal
 from distml.population.member import Member, MemberError, Stand
 from distml.runs.checkpoints import Checkpoint, CheckpointStore
 from distml.runtime.cut import from_checkpoint, to_checkpoint
+from distml.runtime.planning import bundle_of
 from distml.spec.loader import LoadedSpec, load_train, with_values
 from distml.spec.schema import BestSpec, JobSpec
 from distml.tasks.sources import SourceTree
@@ -129,9 +130,9 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
         """The base's worker."""
-        resources = cls.base.job.resources
-        bundle = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
-        return PlacementGroupFactory([{name: amount for name, amount in bundle.items() if amount}])
+        job = cls.base.job
+        labels = {"bundle_label_selector": [dict(job.resources.labels)]} if job.resources.labels else {}
+        return PlacementGroupFactory([bundle_of(job)], **labels)
 
     def setup(self, config: dict[str, Any]) -> None:
         """In a new process."""

@@ -16,6 +16,7 @@ from distml.exchange.layout import Array
 from distml.population.host import Answer, Gone, Handle
 from distml.population.seat import Seat
 from distml.runtime.cut import Cut
+from distml.spec.placement_rules import why_not_inline
 from distml.spec.schema import JobSpec
 from distml.tasks.sources import SourceTree
 
@@ -41,9 +42,9 @@ class InlineHost:
         self, base: JobSpec, sources: SourceTree, directory: Path, slots: int, injections: Injections | None = None,
         start_weights: Mapping[str, Array] | None = None,
     ) -> None:  # fmt: skip
-        if base.resources.gpus_per_worker:
-            raise UsageError("resources.gpus_per_worker needs --runtime ray: inline members share one process on "
-                             "the CPU")  # fmt: skip
+        problem = why_not_inline(base, "members")
+        if problem is not None:
+            raise UsageError(problem)
         self.sources, self.directory, self.num_slots = sources, directory, slots
         self.injections, self.start_weights = dict(injections or {}), start_weights
         self.seats: dict[str, Seat] = {}

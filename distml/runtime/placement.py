@@ -177,8 +177,8 @@ def wait_for_place(
         if is_over():
             raise UsageError("asked to end while it waited for a place")
         if now - began > limit:
-            raise UsageError(f"after {limit:g} s still no place for {request_of(job)}; {situation(group, job, awaits)}; "
-                             "wait for other jobs, or raise limits.start_s")  # fmt: skip
+            raise UsageError(f"after {limit:g} s still no place for {request_of(job)}; "
+                             f"{situation(group, job, awaits)}; raise limits.start_s to wait longer")  # fmt: skip
         if now >= next_line:
             next_line = now + SAY_EVERY_S
             say(f"waiting for a place for {request_of(job)}: {situation(group, job, awaits)}; "

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distml.exchange.layout import Array
@@ -33,7 +33,8 @@ from distml.runtime.cut import Cut
 from distml.runtime.deaths import cause_of_death
 from distml.runtime.endings import close_within
 from distml.runtime.kept import Left
-from distml.runtime.placement import check_resources
+from distml.runtime.placement import actor_options, check_resources, cluster_nodes, reserve
+from distml.runtime.planning import capacity, request_of
 from distml.runtime.ray import kill
 from distml.spec.schema import JobSpec
 from distml.tasks.sources import SourceTree
@@ -151,11 +152,11 @@ class RayHost:
         try:
             each = resources.workers * resources.cpus_per_worker
             self.owns_ray = connect(address, slots * each, base.limits.start_s)
-            check_resources(base, self.owns_ray)
+            self.outlook = check_resources(base, self.owns_ray)
         except BaseException:
             self.close()
             raise
-        self.num_slots = max(1, min(slots, fitting(base)))
+        self.num_slots = max(1, min(slots, fitting(base, self.outlook.reserved)))
         self.all_slots = [Slot(index) for index in range(self.num_slots)]
         self.start_weights = ray.put(dict(start_weights)) if start_weights is not None else None
 
@@ -341,11 +342,10 @@ class RayHost:
 
         resources = self.base.resources
         actor: Any = SlotActor
-        options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
+        options = actor_options(self.base)
         if resources.workers > 1:
             if slot.place is None:
-                slot.place = placement_group([bundle_of(self.base)] * resources.workers,
-                                             strategy=resources.placement.upper())  # fmt: skip
+                slot.place = reserve(self.base, self.outlook.reserved)
             there = PlacementGroupSchedulingStrategy(slot.place, placement_group_bundle_index=0)
             options = {"num_cpus": 0, "scheduling_strategy": there}  # the workers have the bundles
         base_json = self.base.model_dump_json(by_alias=True)
@@ -394,16 +394,7 @@ class RayHost:
             ray.shutdown()
 
 
-def bundle_of(base: JobSpec) -> dict[str, float]:
-    """What one worker of a member reserves."""
-    resources = base.resources
-    each = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
-    return {name: amount for name, amount in each.items() if amount}
-
-
-def fitting(base: JobSpec) -> int:
-    """Members that the whole cluster has room for."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    each = bundle_of(base)
-    workers = sum(min(int(node.get(name, 0.0) // amount) for name, amount in each.items()) for node in nodes)
-    return workers // base.resources.workers
+def fitting(base: JobSpec, reserved: Sequence[str] = ()) -> int:
+    """Members that the whole cluster has room for, without nodes that are for others."""
+    nodes = [node for node in cluster_nodes() if node.id not in reserved]
+    return capacity(nodes, request_of(base)) // base.resources.workers

@@ -68,6 +68,8 @@ def why_not_shared(job: JobSpec, hosts: tuple[tuple[int, ...], ...]) -> str | No
     for key in ("compression", "prefetch"):
         if getattr(job.strategy, key, None) and (len(hosts) == 1 or isinstance(job.strategy, ParameterServerSpec)):
             return f"{key} is for a wire"
+    if isinstance(job.strategy, ParameterServerSpec) and job.strategy.places_servers:
+        return "servers have nodes of their own" if job.strategy.server_placement == "apart" else "servers have labels"
     if len(hosts) > 1 and isinstance(job.strategy, ParameterServerSpec):
         return f"the workers are on {len(hosts)} hosts"
     if len(hosts) > 1 and max(map(len, hosts)) == 1:

@@ -178,7 +178,7 @@ def test_a_loss_that_is_nan_names_rank_and_step_and_is_not_tried_again(tmp_path)
 def test_what_can_never_be_placed_is_refused_with_asked_and_available(tmp_path):
     with pytest.raises(UsageError, match=r"asks for 5 CPUs \(5 workers x 1\), this cluster has 4"):
         run(tmp_path / "a", resources={"workers": 5})
-    with pytest.raises(UsageError, match=r"asks for 2 GPUs .*, this cluster has 0"):
+    with pytest.raises(UsageError, match=r"asks for 2 GPUs .*, this cluster has none"):
         run(tmp_path / "b", resources={"workers": 2, "gpus_per_worker": 1})
     with pytest.raises(UsageError, match=r"strict_spread asks for 2 nodes, the cluster has 1"):
         run(tmp_path / "c", resources={"workers": 2, "placement": "strict_spread"})
