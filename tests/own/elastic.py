@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from own.on_ray import Notes
 from ray.cluster_utils import Cluster
 
 import distml
@@ -21,7 +22,6 @@ from distml.errors import DistmlError
 from distml.runs.display import Metrics
 from distml.runtime import elastic
 from distml.runtime.authentication import prepare_authentication
-from own.on_ray import Notes
 
 WORKERS_ON_HEAD = 2
 
@@ -36,7 +36,7 @@ class Scene(Notes):
     def report(self, step: int, fraction: float, metrics: Metrics) -> None:
         if self.goes is not None and step >= self.goes:
             self.goes = None
-            self.cluster.remove_node(list(self.cluster.worker_nodes)[0], allow_graceful=False)
+            self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
 
     def note(self, text: str) -> None:
         super().note(text)
