@@ -69,7 +69,7 @@ def _summary(history: History) -> dict[str, str]:
         "strategy": "" if "algorithm" in spec else history.strategy,
         "optimizer": _named(spec.get("optimizer"), "lr"),
         "batch size": str(spec.get("batch_size", "")),
-        "workers": str(_section(spec, "resources").get("workers", "")),
+        "workers": _workers(_section(spec, "resources").get("workers", "")),
         "budget": ", ".join(
             f"{value} {key}" for key, value in _section(spec, "stop").items() if _is_budget(key, value)
         ),
@@ -100,6 +100,10 @@ def _scores(history: History) -> list[tuple[str, str, str]]:
     return [
         (name, cell(history.last(name)), cell(history.best(name)) if name.startswith("eval/") else "") for name in names
     ]
+
+
+def _workers(given: Any) -> str:
+    return f"{given['min']} to {given['max']}" if isinstance(given, Mapping) else str(given)
 
 
 def _section(spec: Mapping[str, Any], key: str) -> Mapping[str, Any]:
