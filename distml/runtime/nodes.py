@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import ray
 
 from distml.errors import UsageError
 
 CONNECT_S, LOOK_EVERY_S = 2.0, 0.5
+GLANCE_S, GLANCE_EVERY_S, PAUSE_S = 0.2, 2.0, 0.5
 
 
 def wait_for_verdict(nodes: Mapping[str, float], limit_s: float) -> set[str]:
@@ -63,3 +64,69 @@ def stays(address: str, port: int, seconds: float) -> bool:
             pass
         return True
     return False
+
+
+class Cuts:
+    """How much longer a silent process may be silent because its node could not be reached for a while.
+
+    TCP doubles the time between two attempts to send something again: after a cut of 20 s the next one is up to 40 s
+    after its beginning, whereas a new connection is made as soon as the link is there again. So a node that could not
+    be reached and then could is given as long as the silence had lasted by then.
+
+    Args:
+        reaches: whether a node can be reached now.
+    """
+
+    def __init__(self, reaches: Callable[[str], bool] | None = None) -> None:
+        self._reaches = reaches or Raylets().reaches
+        self._seen: dict[str, tuple[float, bool]] = {}  # node -> when it was last tried, and whether it was reached
+        self._paused_until = 0.0
+        self._cut: set[str] = set()
+        self._until: dict[str, float] = {}
+
+    def excuses(self, role: str, node: str, since: float, now: float, patience_s: float) -> bool:
+        """Whether a process there may still be silent.
+
+        Args:
+            since: when its silence began.
+            patience_s: how long any silence may last; after a cut at most twice as long.
+        """
+        if now - since < GLANCE_EVERY_S:
+            self._cut.discard(role)
+            self._until.pop(role, None)
+            return True
+        self._glance(node, now)
+        at, reached = self._seen.get(node, (0.0, True))
+        if at > since and not reached:
+            self._cut.add(role)
+            self._until.pop(role, None)
+        elif at > since and role in self._cut:
+            self._cut.remove(role)
+            self._until[role] = now + min(now - since, patience_s)
+        return now - since <= patience_s or now <= self._until.get(role, 0.0)
+
+    def _glance(self, node: str, now: float) -> None:
+        """Try to reach it, but not often: the driver waits meanwhile."""
+        if now < max(self._paused_until, self._seen.get(node, (-GLANCE_EVERY_S, True))[0] + GLANCE_EVERY_S):
+            return
+        reached = self._reaches(node)
+        self._seen[node] = now, reached
+        if not reached:
+            self._paused_until = now + PAUSE_S
+
+
+class Raylets:
+    """Where the nodes listen; asked for once for each node."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[str, int]] = {}
+
+    def reaches(self, node: str) -> bool:
+        """Whether a new connection is accepted there now."""
+        if node not in self._places:
+            self._places = {one["NodeID"]: (one["NodeManagerAddress"], one["NodeManagerPort"]) for one in ray.nodes()}
+        if node not in self._places:
+            return False
+        with contextlib.suppress(OSError), socket.create_connection(self._places[node], GLANCE_S):
+            return True
+        return False

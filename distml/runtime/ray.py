@@ -35,7 +35,7 @@ from distml.runtime.cut import Cut, join_captures
 from distml.runtime.deaths import CONNECTION_BROKE, cause_of_death
 from distml.runtime.endings import close_within
 from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
-from distml.runtime.nodes import wait_for_verdict
+from distml.runtime.nodes import Cuts, wait_for_verdict
 from distml.runtime.placement import check_resources, place, server_node, wait_for_place
 from distml.runtime.seats import Seat, nodes_of, seats_of
 from distml.runtime.transport import Transport, choose, fall_back
@@ -96,6 +96,7 @@ class RayRuntime:
         self.asked: dict[str, float] = {}  # when it was last pinged
         self.phases: dict[str, str] = {}  # what it said then that it was doing
         self.lost: dict[str, str] = {}
+        self.cuts = Cuts()
         self.lost_nodes: dict[str, float] = {}  # where they were, and how long a raylet must be seen there
         self.finished: set[int] = set()
         self.broken: dict[str, tuple[float, str]] = {}  # whose exchange broke, when and how; a death explains it soon
@@ -517,7 +518,7 @@ class RayRuntime:
                 except Exception as error:  # an exchange that failed where nobody waits for its result
                     self._end(role)
                     self._mark_lost(role, " ".join(str(error).split())[-300:])
-            elif now - max(ping[1], self.heard.get(role, 0.0)) > limits.lost_after_s:
+            elif self._is_silent(role, max(ping[1], self.heard.get(role, 0.0)), now):
                 self._end(role)
                 self._mark_lost(
                     role, f"it gave no answer for {limits.lost_after_s:g} s (stopped or cut off) and was ended"
@@ -526,6 +527,11 @@ class RayRuntime:
         for role, (since, message) in list(self.broken.items()):
             if not self.lost and now - since > limits.lost_after_s:  # broken, and nobody has died of it
                 self._mark_lost(role, message)
+
+    def _is_silent(self, role: str, since: float, now: float) -> bool:
+        """Whether nothing was heard of a process for too long; one that was cut off has longer."""
+        node, patience_s = self.places.get(role, ("", 0))[0], self.job.limits.lost_after_s
+        return not self.cuts.excuses(role, node, since, now, patience_s)
 
     def _mark_lost(self, role: str, cause: str) -> None:
         kind, index = role.split()

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from distml.runtime.nodes import stays
+from distml.runtime.nodes import Cuts, stays
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,36 @@ def test_nobody_is_there():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     assert not stays("127.0.0.1", port, 0.0)
+
+
+def silence(reached, heard_at, patience_s=30.0, seconds=80):
+    """When a process is given up that says nothing from 0 until `heard_at`; None: it is not. A look every second."""
+    now = 0.0
+    cuts = Cuts(lambda node: reached(now))
+    for second in range(seconds):
+        now = float(second)
+        if not cuts.excuses("rank 0", "node", 0.0 if now < heard_at else now, now, patience_s):
+            return now
+    return None
+
+
+def test_who_was_cut_off_may_be_silent_for_longer():
+    def cut_for_20_s(now):
+        return now > 20.0
+
+    assert silence(cut_for_20_s, heard_at=38.0) is None
+    assert silence(lambda now: True, heard_at=38.0) == 31.0  # the control: nothing was cut, it is stopped
+    assert silence(cut_for_20_s, heard_at=1e9) == 45.0  # it was not the cut's fault alone
+    assert silence(lambda now: False, heard_at=1e9) == 31.0  # a cut that lasts
+    assert silence(lambda now: now > 29.0, heard_at=1e9) == 61.0
+
+
+def test_a_cut_of_former_days_excuses_nobody():
+    now = 0.0
+    cuts = Cuts(lambda node: now != 4.0)
+    for now in (2.0, 4.0, 6.0):
+        assert cuts.excuses("rank 0", "node", 0.0, now, 30.0)
+    for now in (50.0, 60.0, 79.0):
+        assert cuts.excuses("rank 0", "node", 49.0, now, 30.0)
+    now = 80.0
+    assert not cuts.excuses("rank 0", "node", 49.0, now, 30.0)
