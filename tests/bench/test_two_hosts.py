@@ -217,3 +217,12 @@ def test_without_the_rights_or_tools_it_is_one_line(monkeypatch):
     monkeypatch.setattr(network.shutil, "which", lambda tool: None if tool == "tc" else tool)
     with pytest.raises(UsageError, match="need 'tc', which is not installed"), two_hosts("1gbit"):
         pass
+
+
+def test_a_cluster_for_tests_misses_a_node_as_those_of_users_do():
+    folder = Path(__file__).parents[2] / "clusters"
+    files = [folder / f"{name}.yaml" for name in ("local", "aws-gpu", "gcp-gpu")]
+    [(name, value)] = hosts.HEAD_SETTINGS.items()
+    assert all(f"{name}={value};" in file.read_text() for file in files)
+    others = [folder / "kuberay" / f"{name}.yaml" for name in ("raycluster-gpu", "rayjob-gpu")]
+    assert all(f'{{name: {name}, value: "{value}"}}' in file.read_text() for file in others)

@@ -126,8 +126,8 @@ BROKEN = [
     ),
     (
         AWS,
-        "export RAY_AUTH_MODE=token; ulimit -n 65536;\n    ray start --head",
-        "export RAY_AUTH_MODE=disabled; ulimit -n 65536;\n    ray start --head",
+        "export RAY_AUTH_MODE=token RAY_health",
+        "export RAY_AUTH_MODE=disabled RAY_health",
         ">-",
         "the head starts with RAY_AUTH_MODE=disabled",
     ),
