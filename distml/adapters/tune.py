@@ -33,7 +33,7 @@ from distml.adapters.tune_book import TrialBook, TrialRecord
 from distml.adapters.tune_hooks import Ending, OrderedSearcher, Proposals, SweepState, Watch, describe_values
 from distml.adapters.tune_samplers import build_sampler
 from distml.adapters.tune_schedulers import TOGETHER, build_scheduler, every, replay
-from distml.adapters.tune_trainable import check_one_process, make_trainable, trainable
+from distml.adapters.tune_trainable import make_trainable, trainable
 from distml.errors import RunError, UsageError
 from distml.population.closing import best_text, test_scores
 from distml.population.context import OverContext, forget
@@ -88,7 +88,6 @@ class SweepRun:
             UsageError: a package is missing, or not even one trial fits.
         """
         base = self.job.base
-        check_one_process(base)
         if self.context.inject:
             raise UsageError(
                 f"--inject {self.context.inject[0]}: trials of a sweep have no ranks to fail; leave it out"
@@ -99,8 +98,9 @@ class SweepRun:
             forget(self.directory)
         self.quiet.enter_context(diverted_output(self.directory.logs / "ray.log"))
         cores = len(os.sched_getaffinity(0))
-        slots = self.job.max_concurrent or max(1, cores // base.resources.cpus_per_worker)
-        self.owns_ray = connect(self.context.address, slots * base.resources.cpus_per_worker, self.job.limits.start_s)
+        each = base.resources.workers * base.resources.cpus_per_worker
+        slots = self.job.max_concurrent or max(1, cores // each)
+        self.owns_ray = connect(self.context.address, slots * each, self.job.limits.start_s)
         check_resources(base.model_copy(update={"limits": self.job.limits}), self.owns_ray)
         self.signals.take()
         self.slots = min(slots, self._fitting()) if self.owns_ray or self.job.max_concurrent else self._fitting()
@@ -118,7 +118,7 @@ class SweepRun:
 
     def _fitting(self) -> int:
         """Trials that fit into the cluster at once."""
-        return max(1, capacity(cluster_nodes(), request_of(self.job.base)))
+        return max(1, capacity(cluster_nodes(), request_of(self.job.base)) // self.job.base.resources.workers)
 
     def _check_limit(self) -> None:
         """On a cluster a scheduler that wants all trials at once is held by resources alone."""

@@ -20,16 +20,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import ray
 from ray.tune import PlacementGroupFactory, Trainable
 from ray.tune.result import DONE
 
 from distml.adapters.tune_beats import Doing, Pulse
-from distml.errors import DistmlError, UsageError
+from distml.errors import DistmlError
 from distml.population.applied import asked, equal
-from distml.population.member import Member, MemberError, Stand
+from distml.population.member import Member, MemberError, Stand, check
 from distml.runs.checkpoints import Checkpoint, CheckpointStore
 from distml.runtime.cut import from_checkpoint, to_checkpoint
+from distml.runtime.group import WorkerGroup
 from distml.runtime.planning import bundle_of
+from distml.runtime.ray import RayRuntime
 from distml.spec.loader import LoadedSpec, load_train, with_values
 from distml.spec.schema import BestSpec, JobSpec
 from distml.tasks.sources import SourceTree
@@ -99,22 +102,14 @@ def make_trainable(
         goals: the first one is reported as `objective`, a number even where it is NaN.
         home: the run directory, if results are to carry `detail` and weights are to be kept.
         revives: the scheduler copies another trial into one that has diverged.
+
+    Raises:
+        UsageError: the base's strategy has its state in no one place.
     """
-    check_one_process(base.job)
+    check(base.job)
     attributes = {"base": base, "sources": sources, "every": every or base.job.evaluate.every, "goals": tuple(goals),
                   "home": None if home is None else str(home.resolve()), "revives": revives}  # fmt: skip
     return type(f"Trial_{base.job.name}", (MemberTrainable,), attributes)
-
-
-def check_one_process(job: JobSpec) -> None:
-    """Refuse trials that do not fit into one process.
-
-    Raises:
-        UsageError: the base has several workers.
-    """
-    if job.resources.workers > 1:
-        raise UsageError(f"the base has {job.resources.workers} workers, and a trial on Ray Tune is one process; set "
-                         "base.resources.workers to 1, or use kind: population")  # fmt: skip
 
 
 class MemberTrainable(Trainable):  # type: ignore[misc]
@@ -129,10 +124,12 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
-        """The base's worker."""
-        job = cls.base.job
-        labels = {"bundle_label_selector": [dict(job.resources.labels)]} if job.resources.labels else {}
-        return PlacementGroupFactory([bundle_of(job)], **labels)
+        """A bundle per worker; the trial's own process takes none where it has several, and only waits for them."""
+        job, resources = cls.base.job, cls.base.job.resources
+        labels = {"bundle_label_selector": [dict(resources.labels)] * resources.workers} if resources.labels else {}
+        bundles = [bundle_of(job)] * resources.workers
+        own: list[dict[str, float]] = [{}] if resources.workers > 1 else []
+        return PlacementGroupFactory(own + bundles, strategy=resources.placement.upper(), **labels)
 
     def setup(self, config: dict[str, Any]) -> None:
         """In a new process."""
@@ -200,7 +197,8 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
         first = start_weights(job)
         if self.start is not None and first is not None:  # what is frozen comes with the state
             first = self.start.model()
-        member = self.member = Member(job, self.sources, Path(self.logdir), start_weights=first)
+        member = self.member = Member(job, self.sources, Path(self.logdir), make_group=self._make_group,
+                                      start_weights=first)  # fmt: skip
         built = member.build()
         self.layout, self.frozen = built.layout, built.frozen
         if self.start is not None:
@@ -208,6 +206,12 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
             self.progress = self.start.step
         check_applied(job, list(self.values), member.live(list(self.values)))
         return self.start is None, member
+
+    def _make_group(self, job: JobSpec) -> WorkerGroup:
+        """Several workers, in the bundles that Tune has reserved for the trial."""
+        (folder := Path(self.logdir) / "logs").mkdir(parents=True, exist_ok=True)
+        place = ray.util.get_current_placement_group()
+        return RayRuntime(job, self.sources, None, folder.parent, place=place, recovers=False)
 
     def _result(self, stand: Stand, fresh: bool) -> dict[str, Any]:
         metrics = {name: float(value) for name, value in stand.metrics.items() if value is not None}

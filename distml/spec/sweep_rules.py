@@ -18,10 +18,11 @@ def sweep_rules(job: SweepSpec, space: Space, steps: int | None) -> Iterator[Pro
     Args:
         steps: at which the base ends by its own budget; None: not known.
     """
-    name, workers = job.scheduler.name, job.base.resources.workers
-    if workers > 1:
-        yield Problem(f"base.resources.workers is {workers}, and a trial of a sweep is one process; set it to 1, or "
-                      "use kind: population", (("base", "resources", "workers"), ("base",)), "value")  # fmt: skip
+    name = job.scheduler.name
+    if job.base.strategy.keeps_parts:
+        yield Problem(f"base.strategy: {job.base.strategy.label} keeps each rank's part of the state on disk, and a "
+                      "trial of a sweep has its state in one place; use strategy: all_reduce",
+                      (("base", "strategy", "name"), ("base", "strategy"), ("base",)), "value")  # fmt: skip
     for dimension in space:
         if dimension.path.split(".")[0] == "resources":
             yield Problem(f"space.{dimension.path} may not be searched: all trials take turns in the same processes; "

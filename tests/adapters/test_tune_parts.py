@@ -240,7 +240,7 @@ def test_asha_knows_the_rungs_of_an_earlier_process(tmp_path):
         ({"scheduler": "pbt", "sampler": "grid", "space": GRID, "trials": None}, "use sampler: random"),
         ({"scheduler": "pb2", "space": {"batch_size": {"randint": [2, 8]}}}, "pb2 models numbers without steps"),
         ({"scheduler": "pbt", "trials": 1}, "copies trials, and trials is 1"),
-        ({"base": {"resources": {"workers": 2}}}, "a trial of a sweep is one process"),
+        ({"base": {"strategy": "zero"}}, "a trial of a sweep has its state in one place"),
         ({"space": {"resources.cpus_per_worker": {"choice": [1, 2]}}}, "may not be searched"),
     ],
 )

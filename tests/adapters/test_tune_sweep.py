@@ -40,6 +40,21 @@ def modes(folder: Path, *names: str) -> dict[str, Any]:
             "trials": None}  # fmt: skip
 
 
+TWO_WORKERS = {**BASE, "strategy": "all_reduce", "resources": {"workers": 2}}
+
+
+@pytest.mark.slow
+def test_trials_with_several_workers_have_bundles_for_them(sweep, tmp_path):
+    """Two trials of two workers fill four CPUs; the best one comes to the same as alone, in one process."""
+    result = sweep(base=TWO_WORKERS, trials=4, max_concurrent=2, scheduler="asha", every=3)
+    out = tmp_path / "run"
+    assert set(ends(out).values()) <= {"finished", "stopped"}
+    assert sum(end == "finished" for end in ends(out).values()) >= 1
+    alone = distml.run(out / "trials" / result.best["trial"] / "spec.yaml", out=tmp_path / "alone", runtime="inline")
+    assert alone.step == result.step == 9
+    assert alone.metrics["eval/loss"] == result.best["value"]
+
+
 def test_every_trial_leaves_its_folder_failures_are_retried_and_listed_and_the_rest_is_run_again(
     sweep, tmp_path, monkeypatch
 ):
