@@ -49,7 +49,7 @@ def test_a_sweep_is_submitted_and_its_trials_run_on_the_nodes(cluster, tmp_path)
 
 
 def test_a_run_outlives_its_client_and_a_node_and_comes_to_the_same_weights(cluster, tmp_path):
-    spec = {**DIGITS, "name": "outlives", "stop": {"steps": 1500}}
+    spec = {**DIGITS, "name": "outlives", "stop": {"steps": 1000}}
     run = cluster.runs / "outlives"
     first = submit(cluster, tmp_path, spec)
     wait_for_step(run, 100, first)
@@ -69,7 +69,7 @@ def test_a_run_outlives_its_client_and_a_node_and_comes_to_the_same_weights(clus
     assert lost is not None, said  # the control: it was missed
     assert int(lost[1]) >= reached
     assert int(lost[2]) >= committed  # nothing is lost after the newest checkpoint
-    assert (result(run)["status"], result(run)["step"]) == ("done", 1500)
+    assert (result(run)["status"], result(run)["step"]) == ("done", 1000)
     assert result(run)["metrics"]["runtime/restarts"] == 1
     assert torch.allclose(weights(run), undisturbed(tmp_path, spec), rtol=0, atol=1e-3)
     assert "::distml-result" not in said
