@@ -105,7 +105,7 @@ class ResultFile:
         _check_status(changes.get("status", "running"))
         with self._lock:
             process = {"pid": os.getpid(), "host": socket.gethostname()}
-            result = replace(self.read() or Result(), **{**process, **finite(changes)})
+            result = replace(self.read() or Result(), **{**finite(changes), **process})
             write_atomically(self.path, strict_json(asdict(result), "result"), durable=durable)
         return result
 

@@ -40,6 +40,8 @@ SETTLE_TRIES, SETTLE_PAUSE_S = 20, 0.05
 LINKS = ".mirror"
 MIRROR = "mirror.json"
 METRICS = "metrics.jsonl"
+MAKES_RUN = ("spec.yaml", "result.json")
+NAMING = ("population.json", "trials.jsonl")  # journals that name checkpoints: never copied without these
 OTHERS_TOP = (LINKS, "tune")  # what Tune writes is of no use to a later run
 OTHERS = ("lock", MIRROR, HOLDER, "__pycache__")
 NO_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
@@ -90,7 +92,8 @@ class Snapshot:
         scan: all that was there.
         manifests: of the checkpoints that are new.
         texts: small files that are due; None: too large for memory, copied as they are then.
-        is_settled: whether checkpoints and texts are of one moment.
+        is_settled: whether checkpoints and texts are of one moment; a run that writes checkpoints faster than they
+            can be linked may not give one before its end.
     """
 
     scan: Scan
@@ -202,18 +205,23 @@ class Mirror:
             snapshot = self._snapshot(links, everything)
             for name in sorted(snapshot.manifests):
                 self._send(name, links / name, snapshot.manifests[name])
-            first = [name for name in snapshot.texts if name.rpartition("/")[2] == METRICS]
+            first = [name for name in snapshot.texts if self._goes_first(name)]
             self._write(snapshot, first)
             for name in sorted(snapshot.manifests):
                 self._commit(name, snapshot.manifests[name])
-            if snapshot.is_settled:
-                self._write(snapshot, [name for name in snapshot.texts if name not in first])
+            later = [name for name in snapshot.texts if name not in first]
+            self._write(snapshot, [name for name in later if snapshot.is_settled or name not in NAMING])
             if snapshot.manifests or snapshot.texts:
                 self._mark()
             if snapshot.is_settled:
                 self._remove(snapshot.scan)
         finally:
             shutil.rmtree(links, ignore_errors=True)
+
+    def _goes_first(self, name: str) -> bool:
+        """Metrics, and what makes a run of a folder with checkpoints, where it is not there yet."""
+        file = name.rpartition("/")[2]
+        return file == METRICS or (file in MAKES_RUN and name not in self.known)
 
     def _snapshot(self, links: Path, everything: bool) -> Snapshot:
         """Of one moment, if the run gives one: the same checkpoints before and after the small files were read."""

@@ -109,7 +109,8 @@ def file_system(bucket: BucketURL) -> FileSystem:
         parts = urlsplit(endpoint)
         options |= {"endpoint_override": parts.netloc.rpartition("@")[2], "scheme": parts.scheme or "https"}
     return fs.S3FileSystem(
-        connect_timeout=CONNECT_S, request_timeout=REQUEST_S, allow_delayed_open=True, check_directory_existence_before_creation=True,
+        connect_timeout=CONNECT_S, request_timeout=REQUEST_S, allow_delayed_open=True,
+        check_directory_existence_before_creation=True,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS), **options,
     )  # fmt: skip
 
@@ -318,7 +319,8 @@ def explained(error: BaseException) -> str:
                        "~/.aws/credentials or GOOGLE_APPLICATION_CREDENTIALS"),
         (_DENIED, "no permission, or no credentials were found (environment, files, the machine's role); it takes "
                   "reading, writing, listing and deleting there"),
-        (_NO_STORE, "what answers there knows no buckets; check ?endpoint_override=HOST:PORT&scheme= and AWS_ENDPOINT_URL"),
+        (_NO_STORE, "what answers there knows no buckets; check ?endpoint_override=HOST:PORT&scheme= and "
+                    "AWS_ENDPOINT_URL"),
         (_NO_ANSWER, "no answer from the store; check the network, the region, ?endpoint_override=HOST:PORT&scheme= "
                      "and AWS_ENDPOINT_URL"),
     ):  # fmt: skip

@@ -71,6 +71,10 @@ class BucketServer:
         keys = self.backend.buckets[bucket].keys
         return {name: keys[name].value for name in sorted(keys) if not name.endswith("/")}
 
+    def manifests(self, bucket: str) -> list[str]:
+        """Names of committed checkpoints; cheap enough to ask all the time."""
+        return [name for name in list(self.backend.buckets[bucket].keys) if name.endswith("/manifest.json")]
+
     def put(self, bucket: str, name: str, data: bytes) -> None:
         """Change an object."""
         self.backend.put_object(bucket, name, data)

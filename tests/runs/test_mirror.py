@@ -153,6 +153,30 @@ def test_pruned_while_it_is_copied(root, tmp_path):
     assert committed(place) == ["step-00000020"]
 
 
+def test_a_run_that_never_stands_still(root, tmp_path, monkeypatch):
+    """Its checkpoints are copied, and what does not name them; a journal that does waits for its moment."""
+    place = FolderPlace(tmp_path / "there")
+    mirror = mirror_of(root, place)
+    save(root, 10)
+    (root / "population.json").write_text("{}")
+    monkeypatch.setattr(mirrors, "SETTLE_PAUSE_S", 0.0)
+    real, steps = mirrors.scan, iter(range(20, 1000, 10))
+
+    def moving(path: Path) -> mirrors.Scan:
+        save(path, next(steps), keep=2)
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirrors, "scan", moving)
+        mirror.copy()
+    assert committed(place)
+    assert "result.json" in files_of(place.folder)
+    assert "population.json" not in files_of(place.folder)
+    mirror.copy()
+    assert "population.json" in files_of(place.folder)
+    assert committed(place) == sorted(path.name for path in (root / "checkpoints").glob("step-*"))
+
+
 def test_a_step_written_anew_is_copied_anew(root, tmp_path):
     place = FolderPlace(tmp_path / "there")
     mirror = mirror_of(root, place)
