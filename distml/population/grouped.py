@@ -169,8 +169,8 @@ class Grouped:
 
     @property
     def activity(self) -> tuple[str, float]:
-        """Its processes are watched by the group."""
-        return "train", 0.0
+        """What it is doing, and for how many seconds nothing has moved in this process."""
+        return self.group.activity
 
     def close(self) -> None:
         """End threads and processes."""

@@ -109,6 +109,11 @@ class WorkerGroup(Protocol):
         """Copies of the vectors that workers kept in shared memory at `version`; None if they are no longer there."""
         ...
 
+    @property
+    def activity(self) -> tuple[str, float]:
+        """What it is doing, and for how many seconds nothing has moved in this process; others it watches itself."""
+        ...
+
     def request_stop(self) -> None:
         """Ask the run to end at its next version."""
         ...

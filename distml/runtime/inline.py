@@ -443,6 +443,8 @@ class InlineRuntime:
         except Exception as error:
             self.baton.stop(f"rank {rank} failed")
             yield failure(trainer, error)
+        finally:
+            trainer.activity = "idle"  # it stands still, and nobody may take that for a block
 
     def recover(self, cut: Cut | None) -> bool:
         """Threads do not die alone."""
@@ -463,6 +465,12 @@ class InlineRuntime:
     def kept(self, version: int) -> dict[str, Array] | None:
         """One process keeps nothing apart."""
         return None
+
+    @property
+    def activity(self) -> tuple[str, float]:
+        """Of the worker that has not moved for the longest time."""
+        return max(((one.activity, one.motionless_s()) for one in self.trainers), key=lambda pair: pair[1],
+                   default=("start", 0.0))  # fmt: skip
 
     def request_stop(self) -> None:
         """Every worker votes at its next exchange."""

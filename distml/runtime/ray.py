@@ -101,6 +101,7 @@ class RayRuntime:
         self.finished: set[int] = set()
         self.broken: dict[str, tuple[float, str]] = {}  # whose exchange broke, when and how; a death explains it soon
         self.generation = 0
+        self.turned_at: float | None = None  # when `events` last went round; None: nobody listens
         self.group: PlacementGroup | None = None
         self.seats: list[Seat] = []  # each rank's
         self.stop_asked, self.owns_ray = False, False
@@ -422,7 +423,14 @@ class RayRuntime:
     # -------------------------------------------------------------------------------------------------------- training
     def events(self) -> Iterator[Event | Lost]:
         """Events of all workers as they come; deaths as `Lost`. Ends when every worker has finished."""
+        try:
+            yield from self._events()
+        finally:
+            self.turned_at = None
+
+    def _events(self) -> Iterator[Event | Lost]:
         while len(self.finished) < self.size:
+            self.turned_at = time.monotonic()
             ready: list[Any] = []
             if self.streams:
                 streams = list(self.streams.values())
@@ -704,6 +712,11 @@ class RayRuntime:
     def kept(self, version: int) -> dict[str, Array] | None:
         """From the segment, which the driver has mapped too."""
         return read_kept(self.segment, version) if self.segment is not None else None
+
+    @property
+    def activity(self) -> tuple[str, float]:
+        """Whether `events` goes round: workers are watched there."""
+        return "train", 0.0 if self.turned_at is None else time.monotonic() - self.turned_at
 
     def request_stop(self) -> None:
         """Noticed by `events` (a signal handler must not call Ray)."""

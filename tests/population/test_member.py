@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -66,6 +68,24 @@ def test_asynchronous_workers_all_go_on_where_they_were():
         assert sum(later[rank]["stream"]["round"] for rank in range(2)) >= sum(rounds) + 10
         assert later[1]["stream"]["round"] < later[0]["stream"]["round"] // 2 + 2
         one.close()
+
+
+def test_a_block_is_seen_also_in_a_group_of_one(tmp_path):
+    """A server's only worker runs in this process; whoever pings it must learn that it does not move."""
+    file = tmp_path / "go on"
+    task = {"name": "failing:Failing", "args": {"how": "wait", "version": 3, "file": str(file)}}
+    member = member_of(small_job(task, strategy=ASYNC))
+    training = threading.Thread(target=member.advance, args=(10,))
+    training.start()
+    try:
+        while member.activity[0] != "loss" or member.activity[1] < 0.3:
+            assert training.is_alive()
+            time.sleep(0.01)
+    finally:
+        file.touch()
+        training.join(60.0)
+    assert member.activity == ("idle", 0.0)
+    member.close()
 
 
 def test_a_pause_is_a_checkpoints_boundary_for_what_acts():

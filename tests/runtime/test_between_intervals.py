@@ -49,6 +49,7 @@ def test_a_worker_that_died_meanwhile_is_named(shared_ray, tmp_path, changes, th
     """Rank 0 would wait for it, for much longer than this test is given: who died must not wait for its turn."""
     member, pid = standing(tmp_path, **changes)
     try:
+        assert member.activity == ("train", 0.0)  # nobody listens, and nothing is the matter
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(MemberError) as found:
             THEN[then](member)
