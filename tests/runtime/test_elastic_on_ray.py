@@ -21,6 +21,7 @@ import distml
 
 TESTS = Path(__file__).resolve().parents[1]
 STEPS = 120
+TIME = {"limits": {**SPEC["limits"], "start_s": 120.0}}
 SLOW = ["slow:rank=0,step=0", "slow:rank=1,step=0"]  # else the run would be over before the node is back
 SUMMATION = 1e-4  # float32, other orders of sums
 
@@ -106,12 +107,17 @@ def test_they_are_bitwise_those_of_fixed_groups_of_the_same_sizes_one_after_the_
 def more(tmp_path_factory) -> tuple[Path, dict[str, dict[str, Any]]]:
     """Other strategies, and a group that is too small without its lost node."""
     out = tmp_path_factory.mktemp("more")
-    limits = {**SPEC["limits"], "start_s": 25.0}
+    limits = {**SPEC["limits"], "start_s": 40.0}
     fixed = {"resources": {"workers": {"min": 3, "max": 3}}, "limits": limits}
     cases = [
         case("async", strategy={"name": "parameter_server", "mode": "async"}, stop={"steps": 600}),
         case("local", strategy={"name": "local_sgd", "inner_steps": 4}),
-        case("zero", strategy={"name": "zero", "stage": 1}, checkpoint={"every": 20}),
+        case(
+            "zero",
+            strategy={"name": "zero", "stage": 1},
+            checkpoint={"every": 20},
+            limits={**SPEC["limits"], "start_s": 120.0},
+        ),
         case("below", comes=False, **fixed),
     ]
     return out, on_cluster(cases, out)
@@ -133,5 +139,5 @@ def test_other_strategies_follow(more, tmp_path, name):
 def test_below_the_fewest_the_run_waits_says_so_and_fails_with_the_cause(more):
     found = more[1]["below"]
     assert any(line.startswith("waiting for room: 2 of at least 3 workers have a place") for line in found["notes"])
-    assert re.match(r"rank 2, \w+, step 30: its node was lost; not recovered: after 25 s there is room for 2 of",
+    assert re.match(r"rank 2, \w+, step 30: its node was lost; not recovered: after 40 s there is room for 2 of",
                     found["ended"])  # fmt: skip
