@@ -191,7 +191,7 @@ def situation(group: PlacementGroup, job: JobSpec, awaits: str = "") -> str:
     request, free = request_of(job), ray.available_resources()
     known = capacity(cluster_nodes(), request, free=True)  # others than groups may have something too
     room = min([known, request.workers - 1, *(int(free.get(name, 0.0) // n) for name, n in request.each.items())])
-    parts = [f"there is room for {room} now, of {counted(free)} that are free"]
+    parts = [f"room for {room} of them now, {counted(free)} free"]
     holders = _holders(placement_group_table(), group.id.hex())
     if holders:
         parts.append(f"held by {', '.join(holders)}")

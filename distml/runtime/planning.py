@@ -397,7 +397,7 @@ def kinds(nodes: Sequence[Node]) -> str:
     parts = []
     for (gpus, cpus, accelerators), count in sorted(found.items(), key=lambda row: (-row[0][0], -row[0][1], row[0][2])):
         types = f" ({', '.join(accelerators)})" if accelerators else ""
-        graphics = counted({"GPU": gpus}) + types if gpus else f"no GPUs{types}" if types else ""
+        graphics = counted({"GPU": gpus}) + types if gpus else ", ".join(accelerators)
         has = " and ".join(part for part in (graphics, counted({"CPU": cpus}) if cpus else "") if part)
         parts.append(f"{number_of(count, 'node')} with {has or 'no CPUs'}")
     more = [f"{number_of(len(parts) - KINDS_SHOWN, 'other kind')}"] if len(parts) > KINDS_SHOWN else []
