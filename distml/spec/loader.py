@@ -207,7 +207,7 @@ def _check_storage(job: Block, document: Document) -> None:
     if fault is not None:
         raise document.where(("storage",), "value").error(f"storage {fault}")
     if isinstance(job, OverJobs) and job.base.storage is not None:
-        raise document.where(("base", "storage")).error(
+        raise document.where(("base", "storage"), "key").error(
             "storage belongs to the top of the spec, beside base: all runs of a job over jobs are stored together; "
             "move it there"
         )
