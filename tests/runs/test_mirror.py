@@ -340,3 +340,21 @@ def test_a_last_copy_that_fails_says_why(root, tmp_path, monkeypatch):
     place.end = "safetensors"
     save(root, 10)
     assert mirror_of(root, place).close(0.2) == "killed"
+
+
+def test_whoever_loses_the_place_writes_no_more(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirrors, "BEAT_S", 0.02)
+    monkeypatch.setattr(mirrors, "PASS_S", 0.02)
+    place, notes, lost = FolderPlace(tmp_path / "there"), [], threading.Event()
+    mirror = Mirror(root, place, Holder(place), Mark("run", 1, "me"), {}, notes.append, lost.set)
+    save(root, 10)
+    mirror.holder.renew()
+    mirror.start()
+    Holder(place, watch_s=0.0, look_s=0.01).renew()  # after it was silent for too long
+    assert lost.wait(20)
+    save(root, 20)
+    problem = mirror.close(5.0)
+    assert problem is not None
+    assert "has taken it over" in problem
+    assert "step-00000020" not in committed(place)
+    assert "this run ends" in notes[-1]

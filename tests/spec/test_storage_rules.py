@@ -22,7 +22,7 @@ trials: 2
 
 
 @pytest.mark.parametrize("storage", ["/mnt/runs", "~/runs", "runs", "s3://bucket", "s3://bucket/a/b", "gs://bucket/a",
-                                     "s3://bucket/a?endpoint_override=127.0.0.1:9000&scheme=http&region=eu"])  # fmt: skip
+                                     "s3://bucket/a?endpoint_override=h:9000&scheme=http&region=eu"])  # fmt: skip
 @pytest.mark.parametrize("text", [TRAIN, OVER])
 def test_taken_by_every_kind_and_kept(tmp_path, text, storage):
     path = tmp_path / "spec.yaml"
