@@ -36,7 +36,7 @@ class Seat:
 def nodes_of(seats: Sequence[Seat]) -> list[str]:
     """The node of each seat, as Ray has it now; it may be one that has just died."""
     tables = {seat.group.id: placement_group_table(seat.group) for seat in seats}
-    return [str(tables[seat.group.id]["bundles_to_node_id"][seat.bundle]) for seat in seats]
+    return [str(tables[seat.group.id]["bundles_to_node_id"].get(seat.bundle, "")) for seat in seats]
 
 
 def living_nodes() -> set[str]:

@@ -23,6 +23,7 @@ TESTS = Path(__file__).resolve().parents[1]
 STEPS = 120
 TIME = {"limits": {**SPEC["limits"], "start_s": 120.0}}
 SLOW = ["slow:rank=0,step=0", "slow:rank=1,step=0"]  # else the run would be over before the node is back
+WHY = "(its node was lost|the connection to it broke: .*)"  # whatever is heard first
 SUMMATION = 1e-4  # float32, other orders of sums
 
 
@@ -73,7 +74,7 @@ def test_a_lost_node_shrinks_the_group_and_a_new_one_lets_it_grow(changed):
     assert (lost, grown) == ([3, 2], [2, 3])
     assert 20 <= lost_at <= 30 <= grown_at < STEPS
     line = next(line for line in found["notes"] if "was lost" in line)
-    assert line.startswith("rank 2 was lost at step 30 (its node was lost): all go on from step")
+    assert re.match(rf"rank 2 was lost at step \d+ \({WHY}\): all go on from step", line)
     assert "(restart 1 of 3)" in line
     sizes = dict(found["sizes"])
     assert (sizes[10], sizes[STEPS]) == (3, 3)
@@ -139,5 +140,5 @@ def test_other_strategies_follow(more, tmp_path, name):
 def test_below_the_fewest_the_run_waits_says_so_and_fails_with_the_cause(more):
     found = more[1]["below"]
     assert any(line.startswith("waiting for room: 2 of at least 3 workers have a place") for line in found["notes"])
-    assert re.match(r"rank 2, \w+, step 30: its node was lost; not recovered: after 40 s there is room for 2 of",
-                    found["ended"])  # fmt: skip
+    why = rf"rank 2, \w+, step \d+: {WHY}; not recovered: after 40 s there is room for 2 of at least 3 workers"
+    assert re.match(why, found["ended"])
