@@ -329,6 +329,11 @@ class Mirror:
         """Whether the place may differ from what it was."""
         return bool(self._threads)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether another driver has taken the place."""
+        return self._taken_by is not None
+
     def start(self) -> None:
         """Begin to copy and to beat."""
         for work, name in ((self._copying, "mirror"), (self._beating, "mirror-beat")):
@@ -357,7 +362,7 @@ class Mirror:
                 return
 
     def _failed(self, cause: str) -> None:
-        if self._failure is None and self._deadline is None:
+        if self._failure is None and self._deadline is None and self._taken_by is None:
             self.note(f"storage {self.place.url}: {cause}; trying again, the run goes on in {self.root}")
         self._failure = self._failure if self._failure is not None and self._deadline is not None else cause
 

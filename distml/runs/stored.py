@@ -93,10 +93,10 @@ def _close(mirror: Mirror, directory: RunDirectory, stop_s: float | None) -> Non
     result = directory.result.read()
     interrupted = result is not None and result.status == "interrupted"
     problem = mirror.close(stop_s if interrupted and stop_s is not None else FINISH_S)
+    again = "" if mirror.is_lost else ", and the same command again copies it"
     if problem is not None:
         raise RunError(
-            f"{mirror.place.url} lacks what came last: {problem}; all of it is in {directory.path}, and the same "
-            "command again copies it", phase="storage", step=result.step if result is not None else None,
+            f"{mirror.place.url} lacks what came last: {problem}; all of it is in {directory.path}{again}", phase="storage", step=result.step if result is not None else None,
         )  # fmt: skip
 
 

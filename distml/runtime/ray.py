@@ -219,7 +219,7 @@ class RayRuntime:
                     raise UsageError(
                         f"rank {rank} on {self.facts[rank]['host']} does not see the run directory {self.directory} "
                         f"({problem}); strategy {self.job.strategy.label} writes its checkpoints from every rank: "
-                        "use --out with a folder that all hosts share, or storage: with its path (a bucket holds copies)"
+                        "use --out with a folder that all hosts share, or storage: with its path (a bucket has copies)"
                     )
 
     def _change_transport(self, lack: str) -> None:
