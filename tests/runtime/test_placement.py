@@ -84,6 +84,6 @@ def test_a_signal_ends_the_wait_and_gives_back_what_was_asked_for(found):
 def test_nodes_that_are_still_to_come_are_waited_for_at_first_and_after_a_loss():
     more = placed("more")
     assert more["growing"] == {
-        "asked to end": "asked to end while it waited for a place", "again": None, "moved": True, "is back": True,
+        "asked to end": "asked to end while it waited for a place", "again": True, "moved": True,
     }  # fmt: skip
     assert more["trial"] == "b"  # of Ray Tune, by the same labels
