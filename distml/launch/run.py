@@ -36,7 +36,7 @@ from distml.runs.directory import Result as ResultRecord
 from distml.runs.directory import RunDirectory
 from distml.runs.display import Display, SilentDisplay, make_display
 from distml.runs.storage import check_reachable
-from distml.runs.stored import folder_of, opened, place_of
+from distml.runs.stored import opened, place_of
 from distml.runtime.driver import Driver
 from distml.runtime.group import WorkerGroup
 from distml.spec.base import Block
@@ -50,6 +50,7 @@ from distml.spec.population import PopulationSpec
 from distml.spec.rl_rules import follows_workers
 from distml.spec.rllib import RLlibSpec
 from distml.spec.schema import JobSpec
+from distml.spec.storage import folder_of
 from distml.spec.sweep import SweepSpec
 from distml.tasks.text import open_text, pinned
 from distml.tasks.tokens import TOKENIZER

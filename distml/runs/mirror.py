@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from distml.runs.checkpoints import MANIFEST, PARTIAL, RANKS, REPLACED
+from distml.runs.checkpoints import MANIFEST, PARTIAL, RANKS, REPLACED, file_names
 from distml.runs.files import TEMPORARY_FILES, write_atomically
 from distml.runs.holder import BEAT_S, HOLDER, Held, Holder
 from distml.runs.probe import PREFIX
@@ -137,10 +137,16 @@ def link_folder(source: Path, target: Path) -> None:
     Raises:
         FileNotFoundError: it was pruned meanwhile.
     """
-    shutil.copytree(source, target, copy_function=_link)
+    target.mkdir(parents=True)
+    for path in sorted(source.rglob("*")):  # folders before what is in them
+        other = target / path.relative_to(source)
+        if path.is_dir():
+            other.mkdir()
+        else:
+            _link(path, other)
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
@@ -247,8 +253,14 @@ class Mirror:
             self.committed[name] = self.place.read(f"{name}/{MANIFEST}")
         if self.committed.get(name) == manifest:
             return
+        try:
+            files = set(json.loads(manifest)["files"])
+        except (ValueError, TypeError, KeyError):  # damaged, and no checkpoint
+            return
         if not target.exists():
             link_folder(folder, target)
+        if not files <= file_names(target):  # listed while it was being removed
+            raise FileNotFoundError(folder)
         snapshot.manifests[name] = manifest
 
     def _due(self, found: Scan, everything: bool) -> Iterator[tuple[str, bytes | None]]:

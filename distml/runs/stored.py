@@ -26,7 +26,6 @@ from distml.runs.holder import HOLDER, Holder
 from distml.runs.mirror import MIRROR, Mark, Mirror
 from distml.runs.storage import PROBE, FolderPlace, Place, checked_name, open_place, refused
 from distml.runs.units import duration
-from distml.spec.storage import is_url
 
 FINISH_S = 600.0  # for the last copy of a run that has ended
 FAIL_S = 60.0  # of one that has failed, which is to say so
@@ -46,11 +45,6 @@ def place_of(storage: str | None, run: str, directory: Path) -> Place | None:
     if isinstance(place, FolderPlace) and place.folder.resolve() == directory.expanduser().resolve():
         return None
     return place
-
-
-def folder_of(storage: str | None) -> Path | None:
-    """The folder in which runs lie that are given no directory, where the storage is one."""
-    return None if storage is None or is_url(storage) else Path(storage).expanduser()
 
 
 @contextlib.contextmanager
@@ -96,7 +90,8 @@ def _close(mirror: Mirror, directory: RunDirectory, stop_s: float | None) -> Non
     again = "" if mirror.is_lost else ", and the same command again copies it"
     if problem is not None:
         raise RunError(
-            f"{mirror.place.url} lacks what came last: {problem}; all of it is in {directory.path}{again}", phase="storage", step=result.step if result is not None else None,
+            f"{mirror.place.url} lacks what came last: {problem}; all of it is in {directory.path}{again}",
+            phase="storage", step=result.step if result is not None else None,
         )  # fmt: skip
 
 

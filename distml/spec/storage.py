@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import parse_qsl, urlsplit
 
@@ -53,6 +54,11 @@ class BucketURL:
 def is_url(storage: str) -> bool:
     """Whether a storage is a bucket's, not a folder's."""
     return "://" in storage
+
+
+def folder_of(storage: str | None) -> Path | None:
+    """The folder in which runs lie that are given no directory, where the storage is one."""
+    return None if storage is None or is_url(storage) else Path(storage).expanduser()
 
 
 def bucket_of(storage: str) -> BucketURL:

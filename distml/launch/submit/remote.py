@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 NEEDED = ("ray", "torch", "numpy", "pydantic", "PyYAML", "typer", "rich", "safetensors", "psutil")
-OFTEN_NEEDED = ("gymnasium", "scikit-learn", "tokenizers", "tensorboard", "matplotlib")
+OFTEN_NEEDED = ("gymnasium", "scikit-learn", "tokenizers", "tensorboard", "matplotlib", "pyarrow")
 ROOT = "DISTML_RUNS"
 RUN = "DISTML_RUN"  # set here: a stored run has the name that it was submitted under
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for a job's driver
@@ -62,14 +62,15 @@ def directory_of(run: str, spec: str, options: list[str]) -> Path:
         ValueError: the storage is a folder of the current directory, which Ray removes after the job.
     """
     from distml.errors import UsageError
-    from distml.runs.stored import folder_of
-    from distml.spec.loader import load_spec
 
     overrides = [text for option, text in itertools.pairwise(options) if option == "--set"]
     try:
+        from distml.spec.loader import load_spec
+        from distml.spec.storage import folder_of
+
         storage = load_spec(spec, overrides).job.storage
-    except UsageError:  # `distml run` says so
-        storage = None
+    except (UsageError, ImportError):  # `distml run` says so
+        return runs_root() / run
     folder = folder_of(storage)
     if folder is not None and not folder.is_absolute():
         raise ValueError(f"storage {storage} is relative to a folder that Ray removes after the job; write the whole "
