@@ -3,7 +3,8 @@
     python -m own.elastic CASES OUT
 
 CASES: JSON, a list of {"name", "spec", "goes": step or null, "comes": bool}. For each, nodes are as at the start; one
-goes when the run reports the step `goes`, and comes again once the driver has said what it did about it. Prints
+goes when the run reports the step `goes`, and comes again once the driver has said what it did about it. Steps are slow
+until the group has grown. Prints
 "FOUND" and JSON: by name the notes, the status or error, and the size of each row of the metrics.
 """
 
@@ -31,9 +32,9 @@ WORKERS_ON_HEAD = 2
 class Scene(Notes):
     """Nodes go and come while a run reports to it."""
 
-    def __init__(self, cluster: Cluster, goes: int | None, comes: bool) -> None:
+    def __init__(self, cluster: Cluster, goes: int | None, comes: bool, grown: Path) -> None:
         super().__init__()
-        self.cluster, self.goes, self.comes = cluster, goes, comes
+        self.cluster, self.goes, self.comes, self.grown = cluster, goes, comes, grown
 
     def report(self, step: int, fraction: float, metrics: Metrics) -> None:
         if self.goes is not None and step >= self.goes:
@@ -45,6 +46,8 @@ class Scene(Notes):
         if self.comes and "was lost" in text:
             self.comes = False
             self.cluster.add_node(num_cpus=1)
+        if self.goes is None and "there is room for more" in text:
+            self.grown.touch()
 
 
 def act(cluster: Cluster, case: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -52,9 +55,11 @@ def act(cluster: Cluster, case: dict[str, Any], out: Path) -> dict[str, Any]:
     if not cluster.worker_nodes:
         cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
-    scene = Scene(cluster, case["goes"], case["comes"])
+    grown = out.with_name(f"{out.name}-grown")
+    scene = Scene(cluster, case["goes"], case["comes"], grown)
+    spec = {**case["spec"], "task": {"name": "paced:Paced", "args": {"until": str(grown)}}}
     try:
-        ended = distml.run(case["spec"], out=out, runtime="ray", inject=case.get("inject", ()), display=scene).status
+        ended = distml.run(spec, out=out, runtime="ray", display=scene).status
     except DistmlError as error:
         ended = str(error)
     metrics = out / "metrics.jsonl"
