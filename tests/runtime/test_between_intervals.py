@@ -16,7 +16,7 @@ from distml.population.member import Member, MemberError
 from distml.runtime.ray import RayRuntime
 from distml.tasks.sources import SourceTree
 
-LIMITS = {"heartbeat_s": 0.3, "lost_after_s": 2.0, "start_s": 40.0}
+LIMITS = {"heartbeat_s": 0.3, "lost_after_s": 10.0, "start_s": 120.0}
 ASYNC = {"name": "parameter_server", "mode": "async"}
 THEN: dict[str, Callable[[Member], object]] = {
     "advance": lambda member: member.advance(20),
