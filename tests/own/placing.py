@@ -74,10 +74,8 @@ def quick() -> dict[str, Any]:
         "no place apart": where(job(workers=4, strategy={**SERVED, "server_placement": "apart"})),
         "servers by label": where(job("spread", strategy={**SERVED, "server_labels": {"zone": "b"}})),
     }
-    for zone in "ab":
-        options = actor_options(job(resources={"labels": {"zone": zone}}))
-        found[f"actor {zone}"] = ray.get(ray.remote(zone_here).options(**options).remote())
-    return found
+    options = [actor_options(job(resources={"labels": {"zone": zone}})) for zone in "abbbaa"]
+    return {**found, "actors": [ray.get(ray.remote(zone_here).options(**one).remote()) for one in options]}
 
 
 def zone_here() -> str:
