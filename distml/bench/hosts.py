@@ -27,7 +27,9 @@ from distml.errors import RunError
 
 PORT, DASHBOARD_PORT = 6379, 8265
 HEAD = ["--head", "--port", str(PORT)]
-HEAD_SETTINGS = {"RAY_health_check_timeout_ms": "5000"}  # as those of clusters/: a silent node has gone after 40 s
+# As those of clusters/: a silent node has gone after 40 s, and a connection that is silent for a shorter time stays.
+HEAD_SETTINGS = {"RAY_health_check_timeout_ms": "5000"}
+NODE_SETTINGS = {"RAY_grpc_keepalive_timeout_ms": "40000"}
 START_S = 60.0
 STORE_BYTES = 512 * 2**20
 CLUSTER_STORE_BYTES = 150 * 2**20
@@ -186,9 +188,13 @@ def cluster(nodes: int = 3, rate: str = "1gbit", cpus: int = 2, head_cpus: int =
         RunError: Ray did not start.
     """
     with terminable(), network(rate) as (net, folder):
-        paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # a job's `python` is this one
-                 "DISTML_RUNS": str(folder / "runs")}  # fmt: skip
-        made = Cluster(net, folder, {**access(folder), **HEAD_SETTINGS, **paths}, cpus, outside=net.add())
+        more = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # a job's `python` is this one
+            "DISTML_RUNS": str(folder / "runs"),
+            **HEAD_SETTINGS,
+            **NODE_SETTINGS,
+        }
+        made = Cluster(net, folder, {**access(folder), **more}, cpus, outside=net.add())
         try:
             made.start_head(head_cpus)
             made.add(nodes - 1)

@@ -222,7 +222,8 @@ def test_without_the_rights_or_tools_it_is_one_line(monkeypatch):
 def test_a_cluster_for_tests_misses_a_node_as_those_of_users_do():
     folder = Path(__file__).parents[2] / "clusters"
     files = [folder / f"{name}.yaml" for name in ("local", "aws-gpu", "gcp-gpu")]
-    [(name, value)] = hosts.HEAD_SETTINGS.items()
-    assert all(f"{name}={value};" in file.read_text() for file in files)
     others = [folder / "kuberay" / f"{name}.yaml" for name in ("raycluster-gpu", "rayjob-gpu")]
-    assert all(f'{{name: {name}, value: "{value}"}}' in file.read_text() for file in others)
+    for settings, count in ((hosts.HEAD_SETTINGS, 1), (hosts.NODE_SETTINGS, 2)):
+        [(name, value)] = settings.items()
+        assert [file.read_text().count(f" {name}={value}") for file in files] == [count] * 3
+        assert [file.read_text().count(f'{{name: {name}, value: "{value}"}}') for file in others] == [count] * 2

@@ -119,7 +119,7 @@ BROKEN = [
     ),
     (
         AWS,
-        "    export RAY_AUTH_MODE=token; ulimit -n 65536;\n    ray start --address",
+        "    export RAY_AUTH_MODE=token RAY_grpc_keepalive_timeout_ms=40000; ulimit -n 65536;\n    ray start --address",
         "    ray start --address",
         "SECOND >-",
         "the worker starts without a token",
