@@ -116,6 +116,17 @@ def test_killed_at_any_write_leaves_a_checkpoint(root, tmp_path, end):
     assert steps == ([20] if end in ("result.json", "mirror.json") else [10])
 
 
+def test_the_first_checkpoint_finds_a_run_around_it(root, tmp_path):
+    place = Failing(tmp_path / "there")
+    save(root, 10)
+    (root / "best.yaml").write_text("x")
+    place.end = "best.yaml"
+    with pytest.raises(OSError, match="killed"):
+        mirror_of(root, place).copy()
+    names = files_of(place.folder).keys()
+    assert {"spec.yaml", "result.json", "checkpoints/step-00000010/manifest.json"} <= names
+
+
 def test_manifest_first_would_not(root, tmp_path, monkeypatch):
     """The control of the test above."""
     place = Failing(tmp_path / "there")
