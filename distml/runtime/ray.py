@@ -45,6 +45,7 @@ from distml.tasks.sources import SourceTree
 
 POLL_S = 0.2
 STOP_PATIENCE_S = 2.0
+SILENT_BEATS = 2  # heartbeats that a survivor has to leave an exchange with one that is silent
 KEEP_FROM_BYTES = 2**20
 CLOSE_PATIENCE_S = 5.0
 UNSAID_S = 1.0  # of a connection that broke: until the raylet would have gone too, or have said that the process died
@@ -106,6 +107,7 @@ class RayRuntime:
         self.seats: list[Seat] = []  # each rank's
         self.stop_asked, self.owns_ray = False, False
         self.stop_told_at: float | None = None
+        self.was_silent = False  # a process gave no answer: its peers may not know that it is gone
         self.start_weights: Mapping[str, Array] | None = None
         self.kills_before = out_of_memory_kills()
         self.quiet = contextlib.ExitStack()
@@ -527,6 +529,7 @@ class RayRuntime:
                     self._end(role)
                     self._mark_lost(role, " ".join(str(error).split())[-300:])
             elif self._is_silent(role, max(ping[1], self.heard.get(role, 0.0)), now):
+                self.was_silent = True
                 self._end(role)
                 self._mark_lost(
                     role, f"it gave no answer for {limits.lost_after_s:g} s (stopped or cut off) and was ended"
@@ -680,12 +683,19 @@ class RayRuntime:
         self.workers, self.streams = {}, {}
 
     def _stop_streams(self) -> None:
-        """Survivors end their loops: a broken group or interrupted servers end their waits. Others are ended."""
+        """Survivors end their loops: a broken group or interrupted servers end their waits. Others are ended.
+
+        One that waits in a collective for a process that has fallen silent hears of no broken connection: it is not
+        waited for as long as one that may be in the midst of its step.
+        """
         for server in self.servers.values():
             server.interrupt.remote()
         for worker in self.workers.values():
             worker.interrupt.remote(self.generation)
-        deadline = time.monotonic() + self.job.limits.lost_after_s
+        limits = self.job.limits
+        patience_s = min(SILENT_BEATS * limits.heartbeat_s, limits.lost_after_s) if self.was_silent else (
+            limits.lost_after_s)  # fmt: skip
+        self.was_silent, deadline = False, time.monotonic() + patience_s
         while self.streams and time.monotonic() < deadline:
             ready, _ = ray.wait(list(self.streams.values()), num_returns=1, timeout=POLL_S)
             for rank in [rank for rank, stream in self.streams.items() if stream in ready]:
