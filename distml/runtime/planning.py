@@ -7,8 +7,9 @@ pieces that are there; the strict placements; servers that need nodes of their o
 
 from __future__ import annotations
 
+import bisect
 import difflib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -150,6 +151,21 @@ def capacity(nodes: Iterable[Node], request: Request, free: bool = False) -> int
     return sum(room for _, room in _rooms(nodes, request, free))
 
 
+def groups_that_fit(nodes: Iterable[Node], request: Request) -> int:
+    """Groups of a request's workers that the nodes have room for beside each other, in all, as its placement asks.
+
+    strict_spread: g groups have a place where no node needs to take two workers of one, that is where
+    sum(min(room, g)) >= g * workers over the nodes; this holds up to some g and for none above.
+    """
+    rooms, wanted = [room for _, room in _rooms(nodes, request, free=False)], request.workers
+    if request.strategy == "strict_pack":
+        return sum(room // wanted for room in rooms)
+    most = sum(rooms) // wanted
+    if request.strategy != "strict_spread":
+        return most
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda g: sum(min(room, g) for room in rooms) < g * wanted)
+
+
 def _rooms(nodes: Iterable[Node], request: Request, free: bool) -> list[tuple[Node, int]]:
     """The nodes that can have workers, with how many; most first."""
     rooms = [(node, node.room(request.each, free)) for node in nodes if satisfies(node.labels, request.labels)]
@@ -185,15 +201,18 @@ def _reserve(
     """Nodes for servers without workers: those of least use to workers, as many as these can do without."""
     room_of = {node.id: room for node, room in rooms}
     total, count = sum(room_of.values()), len(room_of)
-    largest = rooms[0][1] if rooms else 0
+    left = deque(rooms)  # the first of them is the largest that is not taken
     taken: list[str] = []
+    gone: set[str] = set()
     for name in sorted(_for_servers(nodes, servers), key=lambda name: (room_of.get(name, 0), name)):
         room = room_of.get(name, 0)
         total, count = total - room, count - (room > 0)
-        still = largest if count else 0  # they are taken in rising order, so that the largest is the last
-        if len(taken) == servers.count or not _is_enough(request, total, still, count):
+        while left and (left[0][0].id == name or left[0][0].id in gone):
+            left.popleft()
+        if len(taken) == servers.count or not _is_enough(request, total, left[0][1] if left else 0, count):
             break
         taken.append(name)
+        gone.add(name)
     return taken
 
 

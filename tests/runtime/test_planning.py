@@ -16,6 +16,7 @@ from distml.runtime.planning import (
     Request,
     Servers,
     capacity,
+    groups_that_fit,
     kinds,
     plan_placement,
     request_of,
@@ -50,7 +51,8 @@ def possible(rooms: Mapping[str, int], request: Request) -> bool:
 
 def apart_is_possible(nodes: list[Node], rooms: Mapping[str, int], request: Request) -> bool:
     """The oracle of servers apart: some node can be left to them."""
-    others = [{n: room for n, room in rooms.items() if n != node.id} for node in nodes if node.total["CPU"]]
+    those = [node for node in nodes if node.total["CPU"] and satisfies(node.labels, request.servers.labels)]
+    others = [{n: room for n, room in rooms.items() if n != node.id} for node in those]
     return any(possible(rest, request) for rest in others)
 
 
@@ -58,9 +60,10 @@ def apart_is_possible(nodes: list[Node], rooms: Mapping[str, int], request: Requ
 def test_there_is_a_plan_exactly_where_there_is_room_and_it_keeps_every_promise(apart):
     rng, seen = random.Random(0), Counter[tuple[str, bool]]()
     for strategy, trial in itertools.product(("pack", "spread", "strict_pack", "strict_spread"), range(150)):
-        nodes = [Node(f"n{i}", {"CPU": float(rng.randrange(5))}, {"CPU": 1.0} if rng.random() < 0.1 else {})
-                 for i in range(rng.randrange(1, 6))]  # fmt: skip
-        servers = Servers(rng.randrange(1, 4), "apart") if apart else None
+        nodes = [Node(f"n{i}", {"CPU": float(rng.randrange(5))}, {"CPU": 1.0} if rng.random() < 0.1 else {},
+                      {"role": rng.choice(("ps", "any"))}) for i in range(rng.randrange(1, 6))]  # fmt: skip
+        labels = {"role": "ps"} if rng.random() < 0.5 else {}
+        servers = Servers(rng.randrange(1, 4), "apart", labels) if apart else None
         request = Request(rng.randrange(1, 9), {"CPU": 1.0}, strategy, {}, servers)
         rooms = {node.id: int(node.total["CPU"]) for node in nodes}
         expected = apart_is_possible(nodes, rooms, request) if apart else possible(rooms, request)
@@ -82,7 +85,7 @@ def test_there_is_a_plan_exactly_where_there_is_room_and_it_keeps_every_promise(
         if apart:
             assert len(plan.servers) == request.servers.count
             assert not {*plan.servers} & {*plan.ranks}
-            assert set(plan.servers) <= {node.id for node in nodes if node.total["CPU"]}
+            assert set(plan.servers) <= {n.id for n in nodes if n.total["CPU"] and satisfies(n.labels, labels)}
     assert len(seen) == 8  # both answers came for every strategy
     assert min(seen.values()) >= 5, seen
 
@@ -93,6 +96,31 @@ def test_what_is_free_goes_before_what_is_not():
     assert plan_placement([one, other], Request(4, {"CPU": 1.0})).fits_now is False
     assert capacity([one, other], Request(1, {"CPU": 1.0})) == 6
     assert capacity([one, other], Request(1, {"CPU": 1.0}), free=True) == 3
+
+
+def beside(rooms: list[int], workers: int, strategy: str) -> int:
+    """The oracle: most groups beside each other, by trying every way to place one after the other."""
+    ways = itertools.combinations_with_replacement(range(len(rooms)), workers)
+    allowed = {"strict_pack": lambda way: len({*way}) == 1, "strict_spread": lambda way: len({*way}) == workers}
+    most = 0
+    for way in filter(allowed.get(strategy, lambda way: True), ways):
+        left = [room - way.count(index) for index, room in enumerate(rooms)]
+        if min(left) >= 0:
+            most = max(most, 1 + beside(left, workers, strategy))
+    return most
+
+
+def test_groups_are_counted_as_the_placement_lays_them_out():
+    """In all, whatever of it others have."""
+    rng, differ = random.Random(0), Counter[str]()
+    for strategy, _ in itertools.product(("pack", "spread", "strict_pack", "strict_spread"), range(40)):
+        rooms, workers = [rng.randrange(4) for _ in range(rng.randrange(1, 4))], rng.randrange(1, 4)
+        nodes = [Node(f"n{i}", {"CPU": float(room)}, {"CPU": 1.0}) for i, room in enumerate(rooms)]
+        found = groups_that_fit(nodes, Request(workers, {"CPU": 1.0}, strategy))
+        assert found == beside(rooms, workers, strategy), (strategy, rooms, workers)
+        differ[strategy] += found < sum(rooms) // workers
+    assert min(differ["strict_pack"], differ["strict_spread"]) >= 5
+    assert differ["pack"] == differ["spread"] == 0
 
 
 def test_workers_and_servers_go_where_their_labels_are():
