@@ -20,10 +20,11 @@ from distml.spec.sweep import SweepSpec
 from distml.spec.sweep_rules import sweep_rules
 from distml.spec.yaml import dotted
 
-FIXED = ("distml", "kind", "name", "storage")
+# All members are placed alike: what one of them needs is the base's.
+FIXED = ("distml", "kind", "name", "storage", "resources")
 # How long, where and with whom a member trains does not change while it does; nor does what has weights or data.
 FIXED_IN_POPULATIONS = (
-    *FIXED, "seed", "init", "stop", "evaluate", "checkpoint", "log", "resources", "limits", "inline", "transport",
+    *FIXED, "seed", "init", "stop", "evaluate", "checkpoint", "log", "limits", "inline", "transport",
     "precision", "strategy", "optimizer.groups.*.match", "task.name", "task.data", "task.tokenizer",
     "task.block", "task.environment", "task.evaluation", "task.envs_per_worker", "task.normalise", "task.policy.name",
     "task.policy.hidden", "task.model.name", "task.model.hidden", "task.model.channels",

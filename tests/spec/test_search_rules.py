@@ -106,6 +106,10 @@ def test_what_may_not_change_while_training_may_differ_between_trials(fails, tmp
     assert "space.name may not be searched: it is the same for all" in fails(
         changed(SWEEP, (LR, "name: {choice: [a, b]}"))
     )
+    for path in ("resources.workers", "resources.placement"):  # all trials are placed alike
+        assert f"space.{path} may not be searched: it is the same for all" in fails(
+            changed(SWEEP, (LR, f"{path}: {{choice: [2, 3]}}"))
+        )
     for scheduler in ("pbt", "pb2"):  # these change values while a trial trains
         text = changed(SWEEP, (LR, "stop.steps: {randint: [1, 9]}"))
         assert "may not be searched: a member keeps it" in fails(f"{text}scheduler: {scheduler}\n")
