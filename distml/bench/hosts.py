@@ -33,7 +33,9 @@ NODE_SETTINGS = {"RAY_grpc_keepalive_timeout_ms": "40000"}
 START_S = 60.0
 STORE_BYTES = 512 * 2**20
 CLUSTER_STORE_BYTES = 150 * 2**20
-OTHERS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR")  # would go first
+# Of another Ray, and would go first; the last is left by a private one of this process, and no node joins with it.
+OTHERS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR",
+          "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")  # fmt: skip
 # Run on a host: until a URL answers with 200.
 ANSWERS = (
     "import os, sys, time, urllib.request as r\n"

@@ -16,5 +16,7 @@ def cluster() -> Iterator[hosts.Cluster]:
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
-    with hosts.cluster(nodes=3) as made:
-        yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as a private Ray of this process leaves it
+        with hosts.cluster(nodes=3) as made:
+            yield made
