@@ -150,13 +150,22 @@ def _take_base(document: Document, root: type[Block], directory: Path) -> Path |
     start = document.where(("base",))
     if not isinstance(base, str):
         raise start.error(f"base must be a training job: a block, a file or a shipped job's name; got {describe(base)}")
-    beside = directory / base
     try:
-        found = _load_base(find_job(beside if beside.is_file() else base))
+        found = _load_base(find_base(base, directory))
     except UsageError as error:
         raise start.error(f"base: {error}") from None
     document.data["base"] = found.job.model_dump(mode="python", by_alias=True)
     return found.directory
+
+
+def find_base(base: str, directory: Path) -> Path:
+    """The file of a base: beside the spec, where the path leads from here, or a shipped job's.
+
+    Raises:
+        UsageError: there is none.
+    """
+    beside = directory / base
+    return find_job(beside if beside.is_file() else base)
 
 
 def _load_base(path: Path) -> LoadedSpec[JobSpec]:

@@ -14,8 +14,9 @@ import pytest
 
 from distml.errors import UsageError
 from distml.launch.submit.archive import Upload, package_files
-from distml.launch.submit.checks import check_data, check_modules, place_of
+from distml.launch.submit.checks import check_base, check_data, check_modules, check_recording, sent_as
 from distml.launch.submit.files import ALWAYS_BEHIND, Selection, select
+from distml.launch.submit.written import as_written
 from distml.spec.loader import load_spec
 
 FOLDERS = ("a", "b", "data", "build")
@@ -197,11 +198,14 @@ OWN = "distml: v1\nname: own\ntask: 'my_task:Mine'\nstrategy: single\nbatch_size
 TASK = "import shelved_helper\nimport distml\nclass Mine(distml.Task):\n    needs = frozenset()\n"
 
 
-def checked(spec: Path, root: Path) -> list[str]:
+def checked(spec: Path, root: Path, *overrides: str) -> list[str]:
     chosen = select(root)
-    loaded = load_spec(spec)
-    place_of(spec, chosen.root, chosen)
-    return [*check_modules(loaded, chosen), *check_data(loaded, chosen)]
+    loaded = load_spec(spec, overrides)
+    sent_as(spec, chosen.root, chosen)
+    written = as_written(spec, overrides, loaded, root)
+    check_base(written, chosen)
+    check_recording(loaded, written)
+    return [*check_modules(loaded, chosen), *check_data(loaded, written, chosen)]
 
 
 def test_own_modules_must_be_sent(tmp_path: Path) -> None:
@@ -247,12 +251,110 @@ def test_weights_that_stay_behind_are_refused(tmp_path: Path, monkeypatch: pytes
     outside.unlink()
 
 
+DIGITS = "distml: v1\nname: b\ntask: {task}\nstrategy: single\nstop: {{steps: 4}}\n{more}"
+SEARCH = {
+    "population": "kind: population\nmembers: 2\nevery: 2\nobjective: {metric: eval/loss, mode: min}\n",
+    "sweep": "kind: sweep\ntrials: 2\nsampler: random\nobjective: {metric: eval/loss, mode: min}\n",
+    "nas": "kind: nas\ntrials: 2\ncontroller: random\nreward: {metric: eval/accuracy}\n",
+}  # fmt: skip
+RATES = "space: {optimizer.lr: {choice: [0.1, 0.01]}}\n"
+
+
+@pytest.mark.parametrize("kind", list(SEARCH))
+def test_the_file_of_a_base_must_be_sent(tmp_path: Path, kind: str) -> None:
+    text = "distml: v1\nname: over\nbase: {base}\n" + SEARCH[kind].replace("{", "{{").replace("}", "}}")
+    write(tmp_path, "work/base.yaml", DIGITS.format(task="classification", more="evaluate: {every: 2}\n"))
+    write(tmp_path, "outside.yaml", DIGITS.format(task="classification", more="evaluate: {every: 2}\n"))
+    spec, root = write(tmp_path, "work/over.yaml", text.format(base="base.yaml") + RATES), tmp_path / "work"
+    assert checked(spec, root) == []
+    assert checked(spec, root, "base=digits-single") == []  # travels with distml
+    for base in ("../outside.yaml", str(tmp_path / "outside.yaml")):
+        with pytest.raises(UsageError, match=r"base is .*outside\.yaml, which lies outside the working directory"):
+            checked(spec, root, f"base={base}")
+    with pytest.raises(UsageError, match="is in another place on the cluster"):
+        checked(spec, root, f"base={root / 'base.yaml'}")
+    write(root, ".rayignore", "base.yaml\n")
+    with pytest.raises(UsageError, match=r"base is .*base\.yaml, which is not sent: ignored"):
+        checked(spec, root)
+
+
+def test_classes_that_only_a_space_names_must_be_sent(tmp_path: Path) -> None:
+    for name in ("env_a", "env_b"):
+        write(tmp_path, f"{name}.py", "import gymnasium\nclass One(gymnasium.Env):\n    pass\n")
+    base = "{distml: v1, name: r, task: {name: actor_critic, environment: {id: 'env_a:One'}}, strategy: single, " \
+           "stop: {frames: 100}}"  # fmt: skip
+    head = f"distml: v1\nkind: sweep\nname: s\nbase: {base}\ntrials: 2\nsampler: grid\n"
+    goal = "objective: {metric: eval/return_greedy_mean, mode: max}\n"
+    space = "space: {task.environment.id: {choice: ['env_a:One', 'env_b:One']}}\n"
+    spec = write(tmp_path, "s.yaml", head + goal + space)
+    assert checked(spec, tmp_path) == []
+    write(tmp_path, ".rayignore", "env_b.py\n")
+    with pytest.raises(UsageError, match=r"env_b:One needs .*env_b\.py, which is not sent: ignored"):
+        checked(spec, tmp_path)
+    spec.write_text(head + goal + RATES)
+    assert checked(spec, tmp_path) == []
+
+
+def test_images_that_stay_behind_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "cifar/data_batch_1.bin")
+    spec = write(tmp_path, "c.yaml", DIGITS.format(task="{name: classification, data: cifar10, path: cifar}", more=""))
+    assert checked(spec, tmp_path) == []
+    with pytest.raises(UsageError, match=r"task\.path .*other does not exist"):
+        checked(spec, tmp_path, "task.path=other")
+    write(tmp_path, ".rayignore", "cifar\n")
+    with pytest.raises(UsageError, match=r"task\.path .*cifar is not sent: ignored"):
+        checked(spec, tmp_path)
+    found = checked(spec, tmp_path, "task.path=/data/cifar")
+    assert found == ["note: task.path /data/cifar is not sent; it must exist on the cluster"]
+
+
+def test_whole_paths_mean_the_same_file_on_the_cluster(tmp_path: Path) -> None:
+    text = write(tmp_path, "text/a.txt", "hello world, this is text. " * 500).parent
+    task = "{name: language_model, data: {path: text}, model: {name: gpt, layers: 1, heads: 1, width: 16}}"
+    spec = write(tmp_path, "l.yaml", DIGITS.format(task=task, more="batch_size: 4\n"))
+    assert checked(spec, tmp_path) == []
+    found = checked(spec, tmp_path, f"task.data.path={text}")
+    assert found == [f"note: task.data.path {text} is not sent; it must exist on the cluster; it would be sent if it "
+                     "were written relative to the spec"]  # fmt: skip
+    inner = write(tmp_path, "jobs/l.yaml", spec.read_text().replace("text}", "../text}"))
+    with pytest.raises(UsageError, match="lies outside the working directory"):
+        checked(inner, inner.parent)
+
+
+def test_paths_from_another_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "work/w.safetensors")
+    spec = write(tmp_path, "work/x.yaml", DIGITS.format(task="classification", more="init: {from: w.safetensors}\n"))
+    with pytest.raises(UsageError, match=r"init\.from work/w\.safetensors: the job begins in .*; write w\.safetens"):
+        checked(spec, tmp_path / "work", "init.from=work/w.safetensors")
+    with pytest.raises(UsageError, match=r"init\.from w\.safetensors"):  # is not there from here
+        checked(spec, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    assert checked(spec, tmp_path / "work") == []
+
+
+def test_recorded_episodes_of_rllib(tmp_path: Path) -> None:
+    text = ("distml: v1\nkind: rllib\nname: p\nalgorithm: PPO\nenvironment: {id: CartPole-v1}\nstop: {steps: 2}\n"
+            "config: {%s}\n")  # fmt: skip
+    write(tmp_path, "episodes/one.json")
+    spec = write(tmp_path, "r.yaml", text % "input_: episodes")
+    assert checked(spec, tmp_path) == []
+    write(tmp_path, ".rayignore", "episodes\n")
+    with pytest.raises(UsageError, match=r"config\.input_ .*episodes is not sent: ignored"):
+        checked(spec, tmp_path)
+    spec.write_text(text % "output: recorded")
+    with pytest.raises(UsageError, match=r"config\.output .*recorded is in a folder that Ray removes"):
+        checked(spec, tmp_path)
+    spec.write_text(text % "output: /shared/recorded")
+    assert checked(spec, tmp_path) == []
+
+
 def test_a_spec_outside_is_refused(tmp_path: Path) -> None:
     spec = write(tmp_path, "elsewhere/x.yaml")
     (tmp_path / "work").mkdir()
     root = (tmp_path / "work").resolve()
     with pytest.raises(UsageError, match=r"lies outside the working directory .*--working-dir .*elsewhere"):
-        place_of(spec, root, Selection(root))
+        sent_as(spec, root, Selection(root))
 
 
 def test_a_tree_of_ten_thousand_files_is_listed(tmp_path: Path) -> None:

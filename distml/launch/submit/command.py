@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distml.errors import ExitCode, UsageError
-from distml.launch.submit.contact import contact, shown
+from distml.launch.submit.contact import contact, dashboard_variable, shown
 from distml.launch.submit.handle import JOB_FILE, Handle, Job, JobResult, last_error, result_of, submit
 from distml.launch.submit.jobs import RayJobs
 from distml.launch.submit.request import STOP_WAIT_S, parse_env
@@ -67,7 +67,7 @@ def stop_command(*, target: str, address: str | None) -> int:
     if state.is_over:
         say(f"{headline(state, there)}; there is nothing to stop")
         return int(ExitCode.DONE)
-    say(f"stopping {job.submission_id}: its driver has {STOP_WAIT_S} s to write a last checkpoint")
+    say(f"stopping {job.submission_id}: its driver has {state.stop_wait_s} s to write a last checkpoint")
     began = time.monotonic()
     result = job.stop()
     say(f"{job.submission_id} ended after {duration(time.monotonic() - began)}")
@@ -102,7 +102,7 @@ def found(target: str, address: str | None) -> tuple[Job, str]:
         raise UsageError(
             f"{target} has no {JOB_FILE}: nothing was submitted from it; or give --address URL and a job's id"
         )
-    elif address is None and not os.environ.get("RAY_API_SERVER_ADDRESS"):
+    elif address is None and dashboard_variable(os.environ) is None:
         raise UsageError(
             f"{target}: no such run directory; give one with a {JOB_FILE}, or --address URL and a job's id"
         )

@@ -101,19 +101,27 @@ def dashboard_url(address: str | None, environment: Mapping[str, str], say: Call
     Raises:
         UsageError: there is none, or it is not a dashboard's.
     """
-    found = [(name, environment[name]) for name in ADDRESS_VARIABLES if environment.get(name)]
     if address is not None:
         url = normalised(address, "--address")
-        for name, value in found:
-            if value.rstrip("/") != url:
+        for name in ADDRESS_VARIABLES:
+            value = environment.get(name)
+            if value and value.rstrip("/") != url:
                 say(f"note: --address {url} goes before {name}={shown(value)}")
         return url
-    for name, value in found:
-        if "://" in value or name == ADDRESS_VARIABLES[0]:
-            return normalised(value, name)
+    named = dashboard_variable(environment)
+    if named is not None:
+        return normalised(environment[named], named)
     raise UsageError(
         f"which cluster? give --address http://HOST:{DASHBOARD_PORT}, or set RAY_API_SERVER_ADDRESS; {FIND_IT}"
     )
+
+
+def dashboard_variable(environment: Mapping[str, str]) -> str | None:
+    """The variable that names a dashboard; a RAY_ADDRESS without `://` is of Ray's own protocol."""
+    first, second = ADDRESS_VARIABLES
+    if environment.get(first):
+        return first
+    return second if "://" in environment.get(second, "") else None
 
 
 def normalised(address: str, source: str) -> str:
@@ -245,9 +253,16 @@ def get(url: str, headers: Mapping[str, str]) -> tuple[int, Any]:
         raise NotReached(f"nobody answers at {where} ({one_line(str(cause))}); {FIND_IT}") from None
 
 
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A dashboard sends nobody elsewhere, and the token is for it alone: a redirect is an answer like any other."""
+
+    def redirect_request(self, *args: object, **named: object) -> None:
+        """Refuse."""
+
+
 def _get(request: urllib.request.Request) -> tuple[int, Any]:
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+        with urllib.request.build_opener(NoRedirects).open(request, timeout=ANSWER_S) as answer:
             status, body = answer.status, answer.read(2**20)
     except urllib.error.HTTPError as error:
         return error.code, None

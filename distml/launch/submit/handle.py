@@ -19,14 +19,15 @@ from typing import Any
 from distml import __version__
 from distml.errors import RunError, UsageError
 from distml.launch.submit.archive import Upload
-from distml.launch.submit.checks import check_data, check_modules, place_of
+from distml.launch.submit.checks import check_base, check_data, check_modules, check_recording, sent_as
 from distml.launch.submit.contact import NotReached, contact
 from distml.launch.submit.files import Selection, select
 from distml.launch.submit.follow import OUT_OF_REACH_S
 from distml.launch.submit.jobs import RayJobs, Submitter
-from distml.launch.submit.remote import RESULT_MARK
-from distml.launch.submit.request import STOP_WAIT_S, JobRequest, checked_env, checked_run_name, new_submission_id
+from distml.launch.submit.remote import RESULT_MARK, whole_folder
+from distml.launch.submit.request import JobRequest, checked_env, checked_run_name, new_submission_id
 from distml.launch.submit.state import ClusterError, JobState
+from distml.launch.submit.written import as_written
 from distml.runs.files import strict_json, write_atomically
 from distml.spec.jobs import find_job
 from distml.spec.loader import LoadedSpec, load_spec
@@ -35,6 +36,7 @@ from distml.spec.yaml import dump
 JOB_FILE = "job.json"
 SPEC_FILE = "distml-spec.yaml"  # of a spec that was given as a dict
 POLL_S = 0.5
+STOP_SLACK_S = 30.0  # for what comes after a driver's last checkpoint
 Say = Callable[[str], object]
 
 
@@ -170,22 +172,26 @@ class Job:
                 heard = time.monotonic()
                 if state.is_over:
                     return state
-            except NotReached as error:
+            except (NotReached, ClusterError) as error:  # also a proxy that answers for it
                 if time.monotonic() - heard > OUT_OF_REACH_S:
                     raise ClusterError(f"nothing was heard of the cluster for {OUT_OF_REACH_S:g} s: {error}") from None
             if timeout_s is not None and time.monotonic() - began > timeout_s:
                 raise ClusterError(f"job {self.submission_id} is not over after {timeout_s:g} s; it goes on")
             time.sleep(POLL_S)
 
-    def stop(self, timeout_s: float = STOP_WAIT_S + 30.0) -> JobResult | None:
+    def stop(self, timeout_s: float | None = None) -> JobResult | None:
         """Ask the driver to write its last checkpoint and end, and wait for it; None where the run has left no word.
+
+        Args:
+            timeout_s: None: the time that the job gives its driver, and `STOP_SLACK_S`.
 
         Raises:
             ClusterError: it is not over after `timeout_s`.
         """
-        if not self.status().is_over:
+        state = self.status()
+        if not state.is_over:
             self._jobs.stop(self.submission_id)
-        state = self.wait(timeout_s)
+        state = self.wait(state.stop_wait_s + STOP_SLACK_S if timeout_s is None else timeout_s)
         return result_of(self.all_lines(), state.code)
 
 
@@ -235,11 +241,16 @@ def prepare(
     loaded = load_spec(spec, overrides, directory=Path(working_dir or ".") if isinstance(spec, Mapping) else None)
     name, selection, texts = placed(spec, working_dir)
     directory = Path(out) if out is not None else Path("runs") / loaded.job.name
-    options = [f"--set={text}" for text in override_texts(overrides)] + (["--fresh"] if fresh else [])
+    texts_set = override_texts(overrides)
+    options = [f"--set={text}" for text in texts_set] + (["--fresh"] if fresh else [])
     run = checked_run_name(directory.absolute().name)
     request = JobRequest(run, name, digest_of(loaded), tuple(options), checked_env(env), new_submission_id(run))
     upload = Upload(selection, texts)
-    for line in (*upload.lines(), *check_modules(loaded, selection), *check_data(loaded, selection)):
+    written = as_written(spec, texts_set, loaded, Path(working_dir or "."))
+    whole_folder(loaded.job.storage)
+    check_base(written, selection)
+    check_recording(loaded, written)
+    for line in (*upload.lines(), *check_modules(loaded, selection), *check_data(loaded, written, selection)):
         say(line)
     upload.check_size()
     return request, upload, directory
@@ -261,9 +272,9 @@ def placed(
         return os.fspath(spec), chosen, {}
     root = Path(working_dir or ".")
     if chosen is None and not path.resolve().is_relative_to(root.resolve()):
-        place_of(path, root.resolve(), Selection(root.resolve()))  # refused without looking through the directory
+        sent_as(path, root.resolve(), Selection(root.resolve()))  # refused without looking through the directory
     chosen = chosen or select(root)
-    return place_of(path, chosen.root, chosen), chosen, {}
+    return sent_as(path, chosen.root, chosen), chosen, {}
 
 
 def override_texts(overrides: Mapping[str, object] | Sequence[str]) -> list[str]:

@@ -19,8 +19,8 @@ from distml.errors import DistmlError, UsageError
 from distml.launch.submit.archive import Upload
 from distml.launch.submit.contact import ADDRESS_VARIABLES, Contact, NotReached, within
 from distml.launch.submit.follow import followed
-from distml.launch.submit.request import META_RUN, JobRequest
-from distml.launch.submit.state import ClusterError, JobState
+from distml.launch.submit.request import META_RUN, STOP_WAIT, JobRequest
+from distml.launch.submit.state import RAYS_STOP_WAIT_S, ClusterError, JobState
 from distml.spec.yaml import one_line
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ def as_state(details: JobDetails, submission_id: str) -> JobState:
     def seconds(milliseconds: int | None) -> float | None:
         return None if not milliseconds else milliseconds / 1000
 
+    wait = str(((details.runtime_env or {}).get("env_vars") or {}).get(STOP_WAIT, ""))
     return JobState(
         submission_id=submission_id,
         run=(details.metadata or {}).get(META_RUN),
@@ -198,4 +199,5 @@ def as_state(details: JobDetails, submission_id: str) -> JobState:
         message=details.message or "",
         started=seconds(details.start_time),
         ended=seconds(details.end_time),
+        stop_wait_s=int(wait) if wait.isdecimal() else RAYS_STOP_WAIT_S,
     )

@@ -8,8 +8,8 @@ missing is one line and exit 2, and nothing is ever installed. A run's directory
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -38,9 +38,11 @@ def main(arguments: list[str]) -> int:
         print(f"error: {lacking_line(lacking)}", flush=True)
         return USAGE
     os.environ[RUN] = run
+    from distml.errors import UsageError
+
     try:
         out = directory_of(run, spec, options)
-    except ValueError as error:
+    except UsageError as error:
         print(f"error: {error}", flush=True)
         return USAGE
     print(f"{versions()}; run directory {out}", flush=True)
@@ -59,23 +61,40 @@ def directory_of(run: str, spec: str, options: list[str]) -> Path:
     """Where the run is kept: with a folder as its storage in that, else below `runs_root`.
 
     Raises:
-        ValueError: the storage is a folder of the current directory, which Ray removes after the job.
+        UsageError: the storage is a folder of the current directory, which Ray removes after the job.
     """
     from distml.errors import UsageError
 
-    overrides = [text for option, text in itertools.pairwise(options) if option == "--set"]
     try:
         from distml.spec.loader import load_spec
-        from distml.spec.storage import folder_of
 
-        storage = load_spec(spec, overrides).job.storage
+        storage = load_spec(spec, overrides_of(options)).job.storage
     except (UsageError, ImportError):  # `distml run` says so
         return runs_root() / run
+    return (whole_folder(storage) or runs_root()) / run
+
+
+def overrides_of(options: list[str]) -> list[str]:
+    """The values of `--set` among the options of `distml run`, in both of its forms."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    return list(parser.parse_known_args(options)[0].overrides)
+
+
+def whole_folder(storage: str | None) -> Path | None:
+    """The folder that a storage is; None: it is none, or a bucket.
+
+    Raises:
+        UsageError: it lies in the current directory, which Ray removes after the job.
+    """
+    from distml.errors import UsageError
+    from distml.spec.storage import folder_of
+
     folder = folder_of(storage)
     if folder is not None and not folder.is_absolute():
-        raise ValueError(f"storage {storage} is relative to a folder that Ray removes after the job; write the whole "
+        raise UsageError(f"storage {storage} is relative to a folder that Ray removes after the job; write the whole "
                          "path of a folder that every node sees")  # fmt: skip
-    return (runs_root() if folder is None else folder) / run
+    return folder
 
 
 def run_name(job: str) -> str:

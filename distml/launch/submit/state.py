@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from distml.errors import DistmlError, ExitCode
 
+RAYS_STOP_WAIT_S = 3  # where a job does not say
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -27,6 +28,7 @@ class JobState:
         message: of Ray about it.
         started: seconds since the epoch.
         ended: the same; None while it runs.
+        stop_wait_s: how long its driver has for its last checkpoint when it is stopped.
     """
 
     submission_id: str
@@ -36,6 +38,7 @@ class JobState:
     message: str = ""
     started: float | None = None
     ended: float | None = None
+    stop_wait_s: int = RAYS_STOP_WAIT_S
 
     @property
     def is_over(self) -> bool:
