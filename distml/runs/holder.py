@@ -3,7 +3,8 @@
 A driver writes holder.json before it touches anything else, and a new beat every `BEAT_S`. Whoever comes later watches
 it: one that changes belongs to a live driver; one that has not changed for `WATCH_S` is taken over, whatever clocks
 say. A driver of this machine whose process is gone needs no watching. One that finds another's token in its place (it
-was frozen, or cut off, for longer than that) has lost it and writes no more.
+was frozen, or cut off, for longer than that) has lost it and writes no more; so that it finds it in time, one that has
+not renewed its hold for `SILENT_S` looks before it writes. Of two that come at once, the last to write has the place.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,6 +25,7 @@ from distml.runs.storage import Place, explained
 
 HOLDER = "holder.json"
 BEAT_S, WATCH_S, LOOK_S, SETTLE_S = 10.0, 60.0, 1.0, 1.0
+SILENT_S = 2 * BEAT_S
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,13 @@ def this_machine() -> str:
     return f"{socket.gethostname()} {boot} {namespace}"
 
 
+def now_s() -> float:
+    """A clock that goes on while the machine is suspended, as `time.monotonic` does not."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Holder:
-    """This process's hold on a place.
+    """This process's hold on a place; its threads may beat and look at once.
 
     Args:
         watch_s: without a new beat, another one's hold is over.
@@ -69,6 +77,9 @@ class Holder:
     def __init__(self, place: Place, watch_s: float = WATCH_S, look_s: float = LOOK_S) -> None:
         self.place, self.watch_s, self.look_s = place, watch_s, look_s
         self.own = Held(socket.gethostname(), this_machine(), os.getpid(), secrets.token_hex(16))
+        self.renewed_s = now_s()
+        self._lock = threading.Lock()
+        self._is_released = False
 
     def read(self) -> Held | None:
         """Who holds the place; None: nobody, or what is there is not ours to read."""
@@ -91,10 +102,15 @@ class Holder:
         if found is not None and not found.is_gone:
             note(f"{self.place.url} was held by {found}; looking for up to {self.watch_s:g} s whether it still runs")
             self._watch(found)
+        now = self.read()  # another one may have come meanwhile
+        if now is not None and (found is None or (now.token, now.beat) != (found.token, found.beat)):
+            self._refuse(now)
         self.renew()
+        time.sleep(min(SETTLE_S, self.look_s))  # two may have come at once: the last to write has it
+        now = self.read()
+        if now is not None and now.token != self.own.token:
+            self._refuse(now)
         if found is not None:
-            time.sleep(min(SETTLE_S, self.look_s))  # two may have come at once: the last to write has it
-            self._refuse_other(self.read())
             note(f"{self.place.url}: taken over from {found}, which no longer runs")
 
     def _watch(self, found: Held) -> None:
@@ -107,33 +123,39 @@ class Holder:
             if (now.token, now.beat) != (found.token, found.beat):
                 self._refuse(now)
 
-    def _refuse_other(self, now: Held | None) -> None:
-        if now is not None and now.token != self.own.token:
-            self._refuse(now)
-
     def _refuse(self, now: Held) -> None:
         raise UsageError(f"{self.place.url} is held by {now}, heard of less than {self.look_s + 1:.0f} s ago; wait "
                          "until it ends, stop it, or give the run another name")  # fmt: skip
 
     def renew(self) -> None:
         """A new sign of life."""
+        began = now_s()
         self.own = replace(self.own, beat=self.own.beat + 1)
         self.place.write(HOLDER, json.dumps(asdict(self.own)).encode())
+        self.renewed_s = began
 
     def beat(self) -> Held | None:
         """Renew the hold, unless another one has taken the place: then who."""
-        now = self.read()
-        if now is not None and now.token != self.own.token:
-            return now
-        self.renew()
-        return None
+        with self._lock:
+            now = self.read()
+            if now is not None and now.token != self.own.token:
+                return now
+            if not self._is_released:  # a beat after the end would hold the place for nobody
+                self.renew()
+            return None
+
+    def look(self) -> Held | None:
+        """`beat`, if the last one is so long ago that another one may have taken the place."""
+        return self.beat() if now_s() - self.renewed_s > SILENT_S else None
 
     def release(self) -> str | None:
         """Give the place up, where it is still ours; what went wrong, if something did."""
+        self._is_released = True
         try:
-            now = self.read()
-            if now is not None and now.token == self.own.token:
-                self.place.remove(HOLDER)
+            with self._lock:
+                now = self.read()
+                if now is not None and now.token == self.own.token:
+                    self.place.remove(HOLDER)
         except Exception as error:
             return explained(error)
         return None

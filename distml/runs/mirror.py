@@ -22,7 +22,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from distml.runs.storage import Place, explained
 
 PASS_S, SMALL_EVERY_S, LONGEST_PAUSE_S = 2.0, 5.0, 60.0
 CLOSING_PAUSE_S = 2.0
+QUIET_S = 1.0  # a last copy that takes longer is announced
 SMALL_BYTES_PER_S = 200e3  # a file that grows is copied whole: a large one more rarely
 IN_MEMORY_BYTES = 8 << 20
 SETTLE_TRIES, SETTLE_PAUSE_S = 20, 0.05
@@ -165,33 +166,37 @@ class Mirror:
         holder: of the place, acquired.
         mark: of the run.
         there: the place's files, as it was begun.
+        damaged: checkpoints there that are not what their manifests say; if they are here, they are copied anew.
         note: says a line.
         lost: called once, from a thread, when another driver has taken the place.
     """
 
     def __init__(
         self, root: Path, place: Place, holder: Holder, mark: Mark, there: dict[str, int],
-        note: Callable[[str], object], lost: Callable[[], object],
+        note: Callable[[str], object], lost: Callable[[], object], damaged: Iterable[str] = (),
     ) -> None:  # fmt: skip
         self.root, self.place, self.holder, self.mark, self.note = root, place, holder, mark, note
         self._lost = lost
-        self.committed: dict[str, bytes | None] = {}  # checkpoints there; None: their manifest was not read yet
+        self.committed: dict[str, bytes | None] = {}  # checkpoints there; None: not read yet; empty: damaged
         self.known: set[str] = set()  # small files there
-        self._sort(there)
+        self._sort(there, damaged)
         self._stamps: dict[str, tuple[tuple[int, int], float]] = {}
         self._sent: dict[str, tuple[bytes, set[str]]] = {}  # files of a checkpoint whose copy was broken off
         self._seen: set[str] = set()
+        self._incomplete: dict[str, bytes] = {}  # checkpoints here that lack files which their manifests name
         self._fresh_parents: set[str] = set()
         self._wake = threading.Event()
         self._deadline: float | None = None
         self._taken_by: Held | None = None
         self._failure: str | None = None
+        self._is_closing_said = False
         self._threads: list[threading.Thread] = []
         self._over = threading.Event()
 
-    def _sort(self, there: dict[str, int]) -> None:
+    def _sort(self, there: dict[str, int], damaged: Iterable[str]) -> None:
+        """Files of a checkpoint that lacks its manifest, as a driver was killed before it wrote it, count as small."""
         folders = {name.rpartition("/")[0] for name in there if name.endswith(f"/{MANIFEST}")}
-        self.committed = dict.fromkeys(folders)
+        self.committed = {**dict.fromkeys(folders), **dict.fromkeys(folders.intersection(damaged), b"")}
         inside = tuple(f"{name}/" for name in folders)
         self.known = {name for name in there if not name.startswith(inside) and name not in (MIRROR, HOLDER)}
 
@@ -231,13 +236,15 @@ class Mirror:
 
     def _snapshot(self, links: Path, everything: bool) -> Snapshot:
         """Of one moment, if the run gives one: the same checkpoints before and after the small files were read."""
-        for _ in range(SETTLE_TRIES):
+        for left in reversed(range(SETTLE_TRIES)):
             snapshot = Snapshot(scan(self.root))
             try:
                 for name, folder in snapshot.scan.checkpoints.items():
-                    self._take(snapshot, name, folder, links / name)
-            except FileNotFoundError:
+                    self._take(snapshot, name, folder, links / name, is_last=left < SETTLE_TRIES // 2)
+            except FileNotFoundError:  # it was just removed, or is being removed
                 shutil.rmtree(links, ignore_errors=True)
+                snapshot.manifests.clear()  # what they name is not linked any more
+                time.sleep(SETTLE_PAUSE_S)
                 continue
             snapshot.texts = dict(self._due(snapshot.scan, everything or bool(snapshot.manifests)))
             if scan(self.root).checkpoints == snapshot.scan.checkpoints:
@@ -247,7 +254,12 @@ class Mirror:
         self._seen |= snapshot.scan.checkpoints.keys()
         return snapshot
 
-    def _take(self, snapshot: Snapshot, name: str, folder: Path, target: Path) -> None:
+    def _take(self, snapshot: Snapshot, name: str, folder: Path, target: Path, is_last: bool) -> None:
+        """Link a checkpoint that is new; pass over one that lacks files, if it has done so for a while (`is_last`).
+
+        Raises:
+            FileNotFoundError: it was pruned meanwhile.
+        """
         manifest = (folder / MANIFEST).read_bytes()
         if name in self.committed and self.committed[name] is None:
             self.committed[name] = self.place.read(f"{name}/{MANIFEST}")
@@ -259,9 +271,15 @@ class Mirror:
             return
         if not target.exists():
             link_folder(folder, target)
-        if not files <= file_names(target):  # listed while it was being removed
+        missing = files - file_names(target)
+        if not missing:
+            self._incomplete.pop(name, None)
+            snapshot.manifests[name] = manifest
+        elif not is_last and self._incomplete.get(name) != manifest:  # listed while it was being removed
             raise FileNotFoundError(folder)
-        snapshot.manifests[name] = manifest
+        elif self._incomplete.get(name) != manifest:
+            self._incomplete[name] = manifest
+            self.note(f"checkpoint {name} is damaged ({min(missing)}: missing) and is not copied to {self.place.url}")
 
     def _due(self, found: Scan, everything: bool) -> Iterator[tuple[str, bytes | None]]:
         now = time.monotonic()
@@ -275,20 +293,30 @@ class Mirror:
 
     def _send(self, name: str, folder: Path, manifest: bytes) -> None:
         """A checkpoint's files without its manifest, which is not there while they are changed."""
-        if name in self.committed:
-            self.place.remove(f"{name}/{MANIFEST}")
-            self.place.remove(name)
-            del self.committed[name]
-        before, sent = self._sent.get(name, (manifest, set()))
-        self._sent[name] = manifest, (sent := sent if before == manifest else set())
+        before, sent = self._sent.get(name, (b"", set()))
+        if before != manifest:  # what is there is of another state, or of an earlier driver
+            self._discard(name)
+            self._sent[name] = manifest, (sent := set())
         for path in sorted(folder.rglob("*")):
             file = path.relative_to(folder).as_posix()
             if path.is_file() and file != MANIFEST and file not in sent:
+                self._hold()
                 self.place.upload(f"{name}/{file}", path, self._watch)
                 sent.add(file)
 
+    def _discard(self, name: str) -> None:
+        """Remove a checkpoint there, if anything of it is: the manifest first, so that it is whole or none."""
+        inside = {file for file in self.known if file.startswith(f"{name}/")}
+        if name in self.committed or name in self._sent or inside:
+            self._hold()
+            self.place.remove(f"{name}/{MANIFEST}")
+            self.committed[name] = b""
+            self.place.remove(name)
+            del self.committed[name]
+            self.known -= inside
+
     def _commit(self, name: str, manifest: bytes) -> None:
-        self._watch(0)
+        self._hold()
         self.place.write(f"{name}/{MANIFEST}", manifest)
         self.committed[name] = manifest
         self._sent.pop(name, None)
@@ -296,7 +324,7 @@ class Mirror:
 
     def _write(self, snapshot: Snapshot, names: list[str]) -> None:
         for name in names:
-            self._watch(0)
+            self._hold()
             text = snapshot.texts[name]
             with contextlib.suppress(FileNotFoundError):
                 if text is None:
@@ -308,7 +336,7 @@ class Mirror:
 
     def _mark(self) -> None:
         """In the storage first: a directory with the mark of its own writer holds all that the storage has."""
-        self._watch(0)
+        self._hold()
         self.mark = replace(self.mark, sequence=self.mark.sequence + 1)
         self.place.write(MIRROR, self.mark.data)
         write_atomically(self.root / MIRROR, self.mark.data, durable=False)
@@ -316,7 +344,7 @@ class Mirror:
     def _remove(self, found: Scan) -> None:
         """What the run no longer has: all that it has is there by now."""
         for name in sorted(self.known - found.small.keys()):
-            self._watch(0)
+            self._hold()
             self.place.remove(name)
             self.known.discard(name)
         parents = {name.rpartition("/")[0] for name in found.checkpoints}
@@ -324,10 +352,13 @@ class Mirror:
             parent = name.rpartition("/")[0]
             pruned = parent in parents and (name in self._seen or parent in self._fresh_parents)
             if pruned or not (self.root / parent).exists():
-                self._watch(0)
-                self.place.remove(f"{name}/{MANIFEST}")
-                self.place.remove(name)
-                del self.committed[name]
+                self._discard(name)
+
+    def _hold(self) -> None:
+        """Before anything is changed there: not if another driver may have taken the place."""
+        self._watch(0)
+        self._taken_by = self._taken_by or self.holder.look()
+        self._watch(0)
 
     def _watch(self, _: int) -> None:
         if self._taken_by is not None:
@@ -376,6 +407,9 @@ class Mirror:
     def _failed(self, cause: str) -> None:
         if self._failure is None and self._deadline is None and self._taken_by is None:
             self.note(f"storage {self.place.url}: {cause}; trying again, the run goes on in {self.root}")
+        elif self._deadline is not None and not self._is_closing_said and self._taken_by is None:
+            self._is_closing_said = True
+            self.note(f"storage {self.place.url}: {cause}; trying again")
         self._failure = self._failure if self._failure is not None and self._deadline is not None else cause
 
     def _beating(self) -> None:
@@ -384,7 +418,8 @@ class Mirror:
                 self._taken_by = self.holder.beat()
             if self._taken_by is not None:
                 self.note(f"storage {self.place.url} was taken over by {self._taken_by}; this run ends")
-                self._lost()
+                if self._deadline is None:  # else it has ended, and `close` says what became of it
+                    self._lost()
                 return
 
     def close(self, limit_s: float) -> str | None:
@@ -392,14 +427,26 @@ class Mirror:
 
         Returns:
             What is not in the storage and why, or None.
+
+        Raises:
+            KeyboardInterrupt: a signal came meanwhile; nothing more is written.
         """
         self._deadline = time.monotonic() + limit_s
         self._wake.set()
         if not self._threads:
             self._threads.append(threading.Thread(target=self._copying, name="mirror", daemon=True))
             self._threads[0].start()
-        self._threads[0].join(limit_s + CLOSING_PAUSE_S)
-        self._over.set()
+        try:
+            self._threads[0].join(min(QUIET_S, limit_s))
+            if self._threads[0].is_alive():
+                self.note(f"copying what came last to {self.place.url}, up to {limit_s:.0f} s")
+            self._threads[0].join(limit_s + CLOSING_PAUSE_S)
+        except KeyboardInterrupt:
+            self._deadline = 0.0
+            self.note(f"storage {self.place.url} lacks what came last: stopped; all of it is in {self.root}")
+            raise
+        finally:
+            self._over.set()
         if self._threads[0].is_alive():
             return self._failure or f"not all was copied within {limit_s:.0f} s"
         return self._failure

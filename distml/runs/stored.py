@@ -9,6 +9,7 @@ What is fetched is held against its manifests before it counts, names are checke
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import secrets
@@ -65,13 +66,16 @@ def opened(path: Path, place: Place | None, fresh: bool, note: Note, lost: Calla
         with RunDirectory.open(path, fresh=fresh) as directory:
             yield directory, None
         return
-    directory = RunDirectory.open(path, fresh=fresh)
+    directory = RunDirectory.open(path)
     holder = Holder(place)
     try:
         with refused(place.url):
             holder.acquire(note)
-            directory, mark = _meet(directory, place, fresh, note)
-            mirror = Mirror(directory.path, place, holder, mark, place.sizes(), note, lost)
+            if fresh:  # not before: who does not get the place moves nothing
+                directory.close()
+                directory = RunDirectory.open(path, fresh=True)
+            directory, mark, damaged = _meet(directory, place, fresh, note)
+            mirror = Mirror(directory.path, place, holder, mark, place.sizes(), note, lost, damaged)
         try:
             yield directory, mirror
         except BaseException as error:
@@ -106,9 +110,9 @@ def _close_after(mirror: Mirror, error: BaseException, stop_s: float | None) -> 
 
 
 # ------------------------------------------------------------------------------------------------------------ comparing
-def _meet(directory: RunDirectory, place: Place, fresh: bool, note: Note) -> tuple[RunDirectory, Mark]:
-    """Make directory and place hold the same run, and put a new mark on both."""
-    path = directory.path
+def _meet(directory: RunDirectory, place: Place, fresh: bool, note: Note) -> tuple[RunDirectory, Mark, list[str]]:
+    """Make directory and place hold the same run, and put a new mark on both; with checkpoints damaged there."""
+    path, damaged = directory.path, list[str]()
     there = Mark.parse(place.read(MIRROR))
     if there is None:
         _refuse_foreign(place)
@@ -133,13 +137,13 @@ def _meet(directory: RunDirectory, place: Place, fresh: bool, note: Note) -> tup
             note(f"{path} is older than {place.url} and was moved to {directory.moved_to}")
             here = None
         if here is None:
-            fetch(place, there, path, note)
+            damaged = fetch(place, there, path, note)
     known = [mark for mark in (here, there) if mark is not None]
     mark = Mark(known[0].run if known else secrets.token_hex(8), max((one.sequence for one in known), default=0) + 1,
                 secrets.token_hex(8))  # fmt: skip
     write_atomically(path / MIRROR, mark.data)  # here first: a driver killed between the two goes on from here
     place.write(MIRROR, mark.data)
-    return directory, mark
+    return directory, mark, damaged
 
 
 def _read(path: Path) -> bytes | None:
@@ -179,10 +183,13 @@ def _move_aside(place: Place) -> Place:
 
 
 # ------------------------------------------------------------------------------------------------------------- fetching
-def fetch(place: Place, mark: Mark, path: Path, note: Note) -> None:
+def fetch(place: Place, mark: Mark, path: Path, note: Note) -> list[str]:
     """Bring a stored run into a folder that has none: small files, and the checkpoints that a run goes on from.
 
     Of a job over jobs all that are stored; of another one the newest that verifies, and the best.
+
+    Returns:
+        Checkpoints that were looked at and are damaged there, by their folders' names.
 
     Raises:
         OSError: of the storage, or of the folder.
@@ -195,33 +202,34 @@ def fetch(place: Place, mark: Mark, path: Path, note: Note) -> None:
     for name, size in sizes.items():
         if not name.startswith(inside) and not PARTIAL_NAME.search(name) and name not in (MIRROR, HOLDER, "lock"):
             _bring(place, name, size, path / name)
-    taken = []
+    taken: list[str] = []
+    damaged: list[str] = []
     for parent in sorted({name.rpartition("/")[0] for name in folders}):
         own = [name for name in folders if name.rpartition("/")[0] == parent]
-        taken += _fetch_checkpoints(place, sizes, path, own, every="/" in parent, note=note)
+        fetch_one = functools.partial(_fetch_one, place, sizes, path, note, damaged)
+        taken += _fetch_checkpoints(path, own, "/" in parent, fetch_one)
     write_atomically(path / MIRROR, mark.data)
     what = ", ".join(taken) if len(taken) <= 3 else f"{len(taken)} checkpoints"
     note(f"fetched the run from {place.url} into {path} ({what or 'no checkpoint yet'}) in "
          f"{duration(time.monotonic() - began)}")  # fmt: skip
+    return damaged
 
 
-def _fetch_checkpoints(
-    place: Place, sizes: dict[str, int], path: Path, own: list[str], every: bool, note: Note
-) -> list[str]:
+def _fetch_checkpoints(path: Path, own: list[str], every: bool, fetch_one: Callable[[str], bool]) -> list[str]:
     """Checkpoints of one folder, the newest first; the names of those that are good."""
-    taken = [name for name in reversed(own) if every and _fetch_one(place, sizes, path, name, note)]
+    taken = [name for name in reversed(own) if every and fetch_one(name)]
     if not every:
-        newest = next((name for name in reversed(own) if _fetch_one(place, sizes, path, name, note)), None)
+        newest = next((name for name in reversed(own) if fetch_one(name)), None)
         taken = [newest] if newest is not None else []
         best = CheckpointStore(path / own[0].rpartition("/")[0], keep=1).stored_best_step()
         named = f"{own[0].rpartition('/')[0]}/{folder_name(best)}" if best is not None else None
-        if named in own and named not in taken and _fetch_one(place, sizes, path, named, note):
+        if named in own and named not in taken and fetch_one(named):
             taken.append(named)
     return [name.rpartition("/")[2] for name in taken]
 
 
-def _fetch_one(place: Place, sizes: dict[str, int], path: Path, name: str, note: Note) -> bool:
-    """One checkpoint, as a partial folder until its files agree with its manifest."""
+def _fetch_one(place: Place, sizes: dict[str, int], path: Path, note: Note, damaged: list[str], name: str) -> bool:
+    """One checkpoint, as a partial folder until its files agree with its manifest; else added to `damaged`."""
     final = path / name
     partial = final.with_name(final.name + PARTIAL)
     try:
@@ -231,6 +239,7 @@ def _fetch_one(place: Place, sizes: dict[str, int], path: Path, name: str, note:
         verify(partial)
     except CheckpointDamaged as error:
         note(f"{place.url}/{name} is damaged ({error.reason}); it is left out")
+        damaged.append(name)
         shutil.rmtree(partial, ignore_errors=True)
         return False
     os.replace(partial, final)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 from own.bucket import files_of
 
 from distml.errors import UsageError
+from distml.runs import holder as holders
 from distml.runs import mirror as mirrors
 from distml.runs.checkpoints import Checkpoint, CheckpointStore, verify
 from distml.runs.holder import Holder
@@ -56,6 +61,11 @@ def save(root: Path, step: int, *, keep: int = 1, at: str = "checkpoints") -> No
 def mirror_of(root: Path, place: FolderPlace, notes: list[str] | None = None) -> Mirror:
     said = notes if notes is not None else []
     return Mirror(root, place, Holder(place), Mark("run", 1, "me"), place.sizes(), said.append, lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def settles_soon(monkeypatch):
+    monkeypatch.setattr(holders, "SETTLE_S", 0.0)
 
 
 @pytest.fixture
@@ -114,6 +124,54 @@ def test_killed_at_any_write_leaves_a_checkpoint(root, tmp_path, end):
     assert all(verify(place.folder / "checkpoints" / name) for name in committed(place))
     steps, _ = fetched(FolderPlace(place.folder), tmp_path / "new")
     assert steps == ([20] if end in ("result.json", "mirror.json") else [10])
+
+
+@pytest.mark.parametrize("end", ["model.safetensors", "state.json", "metrics.jsonl", "manifest.json", "result.json"])
+@pytest.mark.parametrize("is_other", [False, True])
+def test_a_driver_after_one_that_was_killed_at_any_write(root, tmp_path, end, is_other):
+    """What the first one left of a checkpoint neither goes with what is no longer here nor stays in the new one."""
+    place = Failing(tmp_path / "there")
+    save(root, 10)
+    mirror_of(root, place).copy()
+    save(root, 20)
+    if is_other:  # written by more ranks than the second time
+        store = CheckpointStore(root / "checkpoints", 1)
+        store.write(Checkpoint(20, {"model": {"w": np.zeros(2)}, "extra": {"w": np.zeros(2)}}, {}))
+    place.end = end
+    with pytest.raises(OSError, match="killed"):
+        mirror_of(root, place).copy(everything=True)
+    if is_other:
+        CheckpointStore(root / "checkpoints", 1).write(Checkpoint(20, {"model": {"w": np.ones(2)}}, {}))
+    second = mirror_of(root, FolderPlace(place.folder))
+    for _ in range(2):
+        second.copy(everything=True)
+        there = place.folder / "checkpoints" / "step-00000020"
+        assert files_of(there) == files_of(root / "checkpoints" / "step-00000020")
+    assert fetched(FolderPlace(place.folder), tmp_path / "new")[0] == [20]
+    save(root, 30)
+    second.copy()
+    assert files_of(place.folder / "checkpoints") == files_of(root / "checkpoints")
+
+
+@pytest.mark.parametrize("bad", [10, 20])
+def test_a_checkpoint_that_lacks_a_file_is_passed_over(root, tmp_path, monkeypatch, bad):
+    monkeypatch.setattr(mirrors, "SETTLE_PAUSE_S", 0.0)
+    place, notes = FolderPlace(tmp_path / "there"), list[str]()
+    for step in (10, 20):
+        save(root, step, keep=2)
+    (root / "checkpoints" / f"step-{bad:08d}" / "model.safetensors").unlink()
+    mirror = mirror_of(root, place, notes)
+    for _ in range(2):
+        mirror.copy(everything=True)
+        assert committed(place) == [f"step-{30 - bad:08d}"]
+        assert verify(place.folder / "checkpoints" / f"step-{30 - bad:08d}")
+        assert "result.json" in files_of(place.folder)
+    assert notes == [f"checkpoint checkpoints/step-{bad:08d} is damaged (model.safetensors: missing) and is not copied "
+                     f"to {place.url}"]  # fmt: skip
+    shutil.rmtree(root / "checkpoints" / f"step-{bad:08d}")
+    save(root, bad, keep=3)
+    mirror.copy()
+    assert committed(place) == ["step-00000010", "step-00000020"]
 
 
 def test_the_first_checkpoint_finds_a_run_around_it(root, tmp_path):
@@ -242,6 +300,27 @@ def test_the_best_is_fetched_too_and_the_damaged_is_not(root, tmp_path):
     assert "step-00000030 is damaged (model.safetensors: hash differs)" in notes[0]
 
 
+def test_what_is_damaged_there_is_copied_anew(root, tmp_path):
+    place = FolderPlace(tmp_path / "there" / "run")
+    for step in (10, 20):
+        save(root, step, keep=2)
+    mirror_of(root, place).copy()
+    good = files_of(place.folder / "checkpoints" / "step-00000020")
+    (place.folder / "checkpoints" / "step-00000020" / "model.safetensors").write_bytes(b"1")
+    found, notes = session(tmp_path / "b", place, None)
+    assert found == [10]
+    assert "step-00000020 is damaged" in notes[0]
+    assert committed(place) == ["step-00000010", "step-00000020"]  # until there is a better one
+    (tmp_path / "b" / "mirror.json").unlink()
+    shutil.rmtree(tmp_path / "b")
+    notes.clear()
+    with opened(tmp_path / "c", place, False, notes.append, lambda: None, None) as (directory, mirror):
+        assert mirror is not None
+        save(directory.path, 20, keep=2)  # trained again, the same
+        mirror.start()
+    assert files_of(place.folder / "checkpoints" / "step-00000020") == good
+
+
 @pytest.mark.parametrize("name", ["../out", "a/../../out", "/out", "a//b", "a\\b", "a\nb"])
 def test_names_that_lead_out_are_refused(root, tmp_path, name):
     class Listing(FolderPlace):
@@ -342,7 +421,7 @@ def test_failures_are_said_once_and_retried(root, tmp_path, monkeypatch):
     place._check = lambda name: None  # type: ignore[method-assign]
     assert mirror.close(20.0) is None
     assert committed(place) == ["step-00000010"]
-    assert sum("no space there; trying again" in line for line in notes) == 1
+    assert sum("no space there; trying again, the run goes on in" in line for line in notes) == 1
 
 
 def test_a_last_copy_that_fails_says_why(root, tmp_path, monkeypatch):
@@ -369,3 +448,104 @@ def test_whoever_loses_the_place_writes_no_more(root, tmp_path, monkeypatch):
     assert "has taken it over" in problem
     assert "step-00000020" not in committed(place)
     assert "this run ends" in notes[-1]
+
+
+def test_one_that_was_frozen_looks_before_it_writes(root, tmp_path):
+    place, lost = FolderPlace(tmp_path / "there"), threading.Event()
+    mirror = Mirror(root, place, Holder(place), Mark("run", 1, "me"), {}, lambda line: None, lost.set)
+    mirror.holder.renew()
+    save(root, 10)
+    mirror.copy()
+    other = Holder(place)
+    other.renew()
+    mark = Mark("run", 7, "new").data
+    place.write("mirror.json", mark)
+    before = files_of(place.folder)
+    mirror.holder.renewed_s -= holders.SILENT_S + 1.0
+    save(root, 20)
+    with pytest.raises(mirrors.Stopped, match="has taken it over"):
+        mirror.copy(everything=True)
+    assert files_of(place.folder) == before
+
+
+def test_one_that_is_frozen_within_a_copy_commits_nothing(root, tmp_path):
+    class Freezing(FolderPlace):
+        def upload(self, name, source, watch):
+            super().upload(name, source, watch)
+            if name.endswith("model.safetensors"):
+                mirror.holder.renewed_s -= holders.SILENT_S + 1.0
+                Holder(place).renew()
+
+    place = Freezing(tmp_path / "there")
+    mirror = mirror_of(root, place)
+    mirror.holder.renew()
+    save(root, 10)
+    with pytest.raises(mirrors.Stopped, match="has taken it over"):
+        mirror.copy()
+    assert committed(place) == []
+
+
+def test_fresh_moves_nothing_while_another_one_holds_the_place(tmp_path, monkeypatch):
+    place = FolderPlace(tmp_path / "there" / "run")
+    session(tmp_path / "a", place, 10)
+    before = files_of(tmp_path)
+
+    def refuse(self, note):
+        raise UsageError("held")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Holder, "acquire", refuse)
+        with pytest.raises(UsageError, match="held"):
+            session(tmp_path / "a", place, None, fresh=True)
+    after = files_of(tmp_path)
+    assert {name for name in after if not name.endswith("lock")} == {name for name in before if name != "a/lock"}
+    assert session(tmp_path / "a", place, None, fresh=True)[0] == []  # the control: who has the place moves both
+    assert (tmp_path / "a.1").is_dir()
+
+
+def test_a_last_copy_says_what_it_waits_for(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirrors, "QUIET_S", 0.0)
+    monkeypatch.setattr(mirrors, "CLOSING_PAUSE_S", 0.01)
+    notes: list[str] = []
+    place = Failing(tmp_path / "there")
+    place.end = "safetensors"
+    save(root, 10)
+    assert mirror_of(root, place, notes).close(0.3) == "killed"
+    assert sorted(notes) == [f"copying what came last to {place.url}, up to 0 s",
+                             f"storage {place.url}: killed; trying again"]  # fmt: skip
+
+
+def test_a_signal_in_the_last_copy_gives_the_place_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(mirrors, "CLOSING_PAUSE_S", 0.01)
+    place, notes, tried = Failing(tmp_path / "there" / "run"), list[str](), threading.Event()
+
+    def upload(name, source, watch):
+        tried.set()
+        raise OSError("no space there")
+
+    place.upload = upload  # type: ignore[method-assign]
+
+    def interrupt() -> None:
+        assert tried.wait(20)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    mirrors_made: list[Mirror] = []
+
+    def run() -> None:
+        with opened(tmp_path / "a", place, False, notes.append, lambda: None, None) as (directory, mirror):
+            assert mirror is not None
+            mirrors_made.append(mirror)
+            save(directory.path, 10)
+            thread.start()
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    thread.join()
+    (mirror,) = mirrors_made
+    mirror._threads[0].join(20)
+    assert not mirror._threads[0].is_alive()  # nobody writes into a place that was given back
+    assert mirror.holder.beat() is None
+    assert not (place.folder / "holder.json").exists()
+    assert "lacks what came last: stopped; all of it is in" in notes[-1]

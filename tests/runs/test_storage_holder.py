@@ -28,7 +28,7 @@ def elsewhere(place: FolderPlace) -> Holder:
 
 def test_free_then_released(place):
     notes: list[str] = []
-    one = Holder(place)
+    one = Holder(place, look_s=0.05)
     one.acquire(notes.append)
     assert one.beat() is None
     assert one.release() is None
@@ -82,6 +82,45 @@ def test_a_dead_one_of_this_machine_needs_no_watching(place):
     assert len(notes) == 1
 
 
+def test_one_that_came_between_the_look_and_the_write_is_found(place):
+    one, two = Holder(place, look_s=0.05), elsewhere(place)
+    read, found = one.read, []
+
+    def read_as_two_comes():
+        found.append(read())
+        if len(found) == 1:  # free; now the other one takes it
+            two.renew()
+        return found[-1]
+
+    one.read = read_as_two_comes  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="held by process 7 on host far"):
+        one.acquire(lambda line: None)
+    assert found[0] is None
+    assert two.beat() is None
+
+
+def test_the_first_to_write_finds_the_other_one(place):
+    one, two = Holder(place, look_s=0.05), elsewhere(place)
+    renew = one.renew
+
+    def renew_then_the_other():
+        renew()
+        two.renew()
+
+    one.renew = renew_then_the_other  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="held by process 7 on host far"):
+        one.acquire(lambda line: None)
+    assert two.beat() is None
+
+
+def test_a_beat_after_the_end_holds_nothing(place):
+    one = Holder(place, look_s=0.05)
+    one.acquire(lambda line: None)
+    assert one.release() is None
+    assert one.beat() is None
+    assert place.read(HOLDER) is None
+
+
 def test_what_is_no_holder_holds_nothing(place):
     place.write(HOLDER, b"[1]")
-    Holder(place, watch_s=1e6).acquire(lambda line: None)
+    Holder(place, watch_s=1e6, look_s=0.05).acquire(lambda line: None)
