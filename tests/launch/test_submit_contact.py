@@ -210,6 +210,30 @@ def test_where_a_token_could_be_read(url: str, clear: bool) -> None:
     assert is_in_clear(url) is clear
 
 
+@pytest.mark.parametrize("path", ["/api/version", "/api/authentication_mode"])
+def test_a_token_goes_where_it_was_sent_to_and_nowhere_else(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    class Elsewhere(Dashboard):
+        place = ""
+
+        def do_GET(self) -> None:
+            if self.path != path:
+                return super().do_GET()
+            self.send_response(302)
+            self.send_header("Location", f"{self.place.replace('127.0.0.1', 'localhost')}{self.path}")
+            self.end_headers()
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "good-token")
+    with serving() as (place, other), http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        Elsewhere.place = place
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UsageError, match=r"is no Ray dashboard \(302|wants a token \(401\)"):
+            contact(f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+        assert other.seen == []
+        contact(place)  # and this one would have taken it
+        assert other.seen == ["", "Bearer good-token"]
+
+
 # ------------------------------------------------------------------------------------------------------------ the verbs
 def test_verbs_without_a_cluster_are_one_line_and_exit_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -228,6 +252,20 @@ def test_verbs_without_a_cluster_are_one_line_and_exit_2(
         assert what in error
         assert len(error.splitlines()) == 1
     assert not (tmp_path / "runs" / "digits-single").exists()
+
+
+@pytest.mark.parametrize("name", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_a_cluster_of_the_environment_is_asked_for_an_id(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with serving(mode="disabled", version="2.9.0") as (url, _):
+        monkeypatch.setenv(name, url)
+        assert main(["status", "a-1"]) == 2
+    assert f"the cluster at {url} runs Ray 2.9.0" in capsys.readouterr().err  # so far, and not "no such directory"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # no dashboard's
+    assert main(["status", "a-1"]) == 2
+    assert "no such run directory" in capsys.readouterr().err
 
 
 def test_a_wrong_address_is_said_before_ray_is_imported(tmp_path: Path) -> None:

@@ -9,17 +9,30 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import distml
 from distml.errors import UsageError
 from distml.launch.run import runs_root
+from distml.launch.submit import handle as module
 from distml.launch.submit.contact import NotReached
-from distml.launch.submit.handle import Handle, last_error, override_texts, prepare, result_of, written_unless_refused
-from distml.launch.submit.remote import NEEDED, OFTEN_NEEDED, RESULT_MARK
-from distml.launch.submit.request import STOP_WAIT, JobRequest, checked_env, checked_run_name, parse_env
+from distml.launch.submit.handle import (
+    Handle,
+    Job,
+    last_error,
+    override_texts,
+    prepare,
+    result_of,
+    written_unless_refused,
+)
+from distml.launch.submit.jobs import as_state
+from distml.launch.submit.remote import NEEDED, OFTEN_NEEDED, RESULT_MARK, directory_of
+from distml.launch.submit.request import STOP_WAIT, STOP_WAIT_S, JobRequest, checked_env, checked_run_name, parse_env
+from distml.launch.submit.state import ClusterError, JobState
 from distml.spec.loader import load_spec
 
 REPOSITORY = Path(distml.__file__).resolve().parents[1]
@@ -102,6 +115,73 @@ def test_a_stopped_driver_has_more_time_than_ray_gives() -> None:
         checked_env({STOP_WAIT: "soon"})
 
 
+# ------------------------------------------------------------------------------------------------------------ a cluster
+class Answers:
+    """A cluster that answers so, one after the other; the last again and again."""
+
+    def __init__(self, *answers: JobState | Exception) -> None:
+        self.answers, self.stopped = list(answers), 0
+
+    def status(self, submission_id: str) -> JobState:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def stop(self, submission_id: str) -> bool:
+        self.stopped += 1
+        return True
+
+    def submit(self, request: JobRequest, upload: object) -> str:
+        raise AssertionError
+
+    def logs(self, submission_id: str, follow: bool = False) -> Iterator[str]:
+        return iter(())
+
+
+RUNNING, DONE = JobState("id", "run", "RUNNING", stop_wait_s=300), JobState("id", "run", "SUCCEEDED")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that only sleeping moves."""
+    now = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds)
+    ))  # fmt: skip
+    return now
+
+
+def test_waiting_outlives_answers_that_are_none(clock: list[float]) -> None:
+    gone, proxy = NotReached("gone"), ClusterError("answers 502: Bad Gateway")
+    assert Job(Answers(RUNNING, proxy, gone, proxy, DONE), "id").wait() is DONE
+    with pytest.raises(ClusterError, match=r"nothing was heard of the cluster for 60 s: answers 502"):
+        Job(Answers(RUNNING, proxy), "id").wait()
+    with pytest.raises(UsageError, match="no such job"):
+        Job(Answers(RUNNING, UsageError("no such job"), DONE), "id").wait()
+
+
+def test_stopping_waits_as_long_as_the_job_gives_its_driver(clock: list[float]) -> None:
+    cluster = Answers(*[RUNNING] * 400, DONE)  # two states a second: longer than 90 s
+    Job(cluster, "id").stop()
+    assert cluster.stopped == 1
+    with pytest.raises(ClusterError, match="not over after 330 s"):
+        Job(Answers(RUNNING), "id").stop()
+    with pytest.raises(ClusterError, match="not over after 5 s"):
+        Job(Answers(RUNNING), "id").stop(timeout_s=5.0)
+
+
+def test_the_time_of_a_stopped_driver_is_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def state(environment: dict | None) -> JobState:
+        names = ("driver_exit_code", "message", "start_time", "end_time")
+        details = SimpleNamespace(metadata={}, status="RUNNING", runtime_env=environment, **dict.fromkeys(names))
+        return as_state(details, "id")  # type: ignore[arg-type]
+
+    assert state({"env_vars": JobRequest("r", "s", "d").env_vars}).stop_wait_s == STOP_WAIT_S
+    assert state({"env_vars": {STOP_WAIT: "300"}}).stop_wait_s == 300
+    assert state(None).stop_wait_s == state({}).stop_wait_s == state({"env_vars": {STOP_WAIT: "x"}}).stop_wait_s == 3
+
+
 # ------------------------------------------------------------------------------------------------------------- job.json
 HANDLE = Handle("http://127.0.0.1:8265", "run-1", "run", "x.yaml", "0" * 64, "0.1.0")
 
@@ -144,6 +224,38 @@ def test_runs_of_a_job_are_outside_the_directory_that_goes(monkeypatch: pytest.M
     assert runs_root() == tmp_path / "distml-runs"
     monkeypatch.setenv("DISTML_RUNS", str(tmp_path / "shared"))
     assert runs_root() == tmp_path / "shared"
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"storage": "{there}"}, ["storage={there}"], ["stop.steps=3", "storage={there}"]]
+)
+def test_a_run_lies_in_the_storage_that_it_was_submitted_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, str] | list[str]
+) -> None:
+    there = tmp_path / "shared"
+    monkeypatch.setenv("DISTML_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    given = placed_at(overrides, there)
+    request, _, _ = prepare("digits-single", given, {}, None, None, True, print)
+    assert directory_of(request.run, request.spec, list(request.options)) == there / "digits-single"
+    apart = [part for option in request.options for part in option.split("=", 1)]  # as a shell may have it
+    assert directory_of(request.run, request.spec, apart) == there / "digits-single"
+    request, _, _ = prepare("digits-single", [], {}, None, None, True, print)
+    assert directory_of(request.run, request.spec, list(request.options)) == tmp_path / "runs" / "digits-single"
+
+
+def placed_at(overrides: dict[str, str] | list[str], there: Path) -> dict[str, str] | list[str]:
+    """The overrides with the folder in them."""
+    if isinstance(overrides, dict):
+        return {key: text.format(there=there) for key, text in overrides.items()}
+    return [text.format(there=there) for text in overrides]
+
+
+def test_a_storage_in_the_jobs_own_directory_is_refused_here_and_there() -> None:
+    with pytest.raises(UsageError, match="storage shared is relative to a folder that Ray removes"):
+        prepare("digits-single", ["storage=shared"], {}, None, None, False, print)
+    with pytest.raises(UsageError, match="storage shared is relative to a folder that Ray removes"):
+        directory_of("run", "digits-single", ["--set=storage=shared"])
 
 
 def remotely(folder: Path, has: tuple[str, ...]) -> subprocess.CompletedProcess:
