@@ -22,6 +22,10 @@ from distml.tasks.build import describe
 from distml.tasks.sources import SourceTree
 
 CLOSE_PATIENCE_S = 20.0
+FEWER = {
+    "CPU": "lower num_env_runners and the like in config",
+    "GPU": "set num_gpus_per_learner and num_gpus_per_env_runner in config to 0 for CPUs",
+}
 LOGGERS = ("ray.rllib", "ray._common", "ray.data", "ray.train", "ray.tune", "py.warnings")  # of "ray", init takes care
 
 
@@ -75,7 +79,8 @@ class Session:
             there = ray.cluster_resources().get(name, 0)
             if asked > there:
                 where = "machine" if self.owns_ray else "cluster"
-                raise UsageError(f"{self.job.algorithm} asks for {asked:g} {name}s, this {where} has {there:g}")
+                raise UsageError(f"{self.job.algorithm} asks for {asked:g} {name}s, this {where} has {there:g}; "
+                                 f"{FEWER[name]}")  # fmt: skip
         main_threads(config)
         try:
             self.algorithm = config.build_algo()

@@ -300,7 +300,8 @@ def _no_gpus(nodes: Sequence[Node], request: Request, cluster: str) -> str | Non
     if not each or any(node.total.get("GPU", 0.0) for node in nodes):
         return None
     return (f"the job asks for {request.workers * each:g} GPUs ({request.workers} workers x {each:g}), this "
-            f"{cluster} has none ({kinds(nodes)}); set resources.gpus_per_worker to 0 for CPUs")  # fmt: skip
+            f"{cluster} has none ({kinds(nodes)}); set resources.gpus_per_worker (of a job over jobs: "
+            "base.resources.gpus_per_worker) to 0 for CPUs")  # fmt: skip
 
 
 def _no_accelerator(nodes: Sequence[Node], request: Request) -> str | None:

@@ -45,11 +45,6 @@ class BucketURL:
         """Bucket and prefix, as file systems take it."""
         return f"{self.bucket}/{self.prefix}".rstrip("/")
 
-    @property
-    def shown(self) -> str:
-        """Without options: it goes into messages."""
-        return f"{self.scheme}://{self.path}"
-
 
 def is_url(storage: str) -> bool:
     """Whether a storage is a bucket's, not a folder's."""

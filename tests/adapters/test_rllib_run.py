@@ -208,7 +208,7 @@ def test_a_goal_ends_a_run_and_a_missed_one_says_so(train, spec, tmp_path):
         ({"config.grad_clip_by": "nonsense"}, "must be one of: 'value', 'norm', or 'global_norm'"),
         ({"environment.args": {"nonsense": 3}}, "environment CartPole-v1 cannot be made: TypeError"),
         ({"resources.cpus": 1, "config.num_env_runners": 2}, "resources.cpus is 1, the processes of PPO reserve 3"),
-        ({"config.num_gpus_per_learner": 1}, "asks for 1 GPUs, this cluster has 0"),
+        ({"config.num_gpus_per_learner": 1}, "asks for 1 GPUs, this cluster has 0; set num_gpus_per_learner"),
         ({"config.output": "recorded"}, "pip install msgpack-numpy"),
     ],
 )

@@ -188,7 +188,7 @@ def test_a_refusal_names_what_is_asked_and_what_there_is(case):
 def test_gpus_where_there_are_none_say_what_to_do():
     text = refusal([Node("a", {"CPU": 8.0})], Request(8, {"CPU": 1.0, "GPU": 1.0}))
     assert text.startswith("the job asks for 8 GPUs (8 workers x 1), this cluster has none (1 node with 8 CPUs)")
-    assert "set resources.gpus_per_worker to 0" in text
+    assert "set resources.gpus_per_worker (of a job over jobs: base.resources.gpus_per_worker) to 0" in text
 
 
 def test_many_nodes_are_few_words():
