@@ -140,8 +140,11 @@ class PopulationRun:
         self.signals.is_training = True
         self._schedule()
         while (reason := self._reason()) is None:
+            slots = self.host.slots
             for answer in self.host.wait(WAIT_S):
                 self.handle(answer)
+                self._schedule()
+            if self.host.slots > slots:  # there is room for more members at a time
                 self._schedule()
             self._look_after_lost()
             self._show()
@@ -637,4 +640,5 @@ def make_host(context: OverContext, job: PopulationSpec, injections: Mapping[str
         return InlineHost(job.base, context.sources, directory, slots, injections, first)
     from distml.runtime.ray_members import RayHost
 
-    return RayHost(job.base, context.sources, directory, slots, context.address, injections, first)
+    return RayHost(job.base, context.sources, directory, slots, context.address, injections, first,
+                   context.display.note)  # fmt: skip

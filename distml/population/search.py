@@ -267,7 +267,8 @@ class SearchRun:
         wanted = self.job.max_concurrent or self.job.trials
         if self.job.max_concurrent is None and cluster_address(self.context.address) is None:  # a Ray of our own
             wanted = max(1, len(os.sched_getaffinity(0)) // (job.resources.workers * job.resources.cpus_per_worker))
-        host = RayHost(job, sources, folder, min(wanted, self.job.trials), self.context.address, injections)
+        host = RayHost(job, sources, folder, min(wanted, self.job.trials), self.context.address, injections,
+                       say=self.display.note)  # fmt: skip
         self.hosts = list(host.hosts)
         return host
 

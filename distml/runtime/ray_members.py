@@ -2,7 +2,8 @@
 
 `RayHost` is the one class that owns slots' actors. Its consumer decides about members: it gives commands, which are
 actor calls that a slot's process carries out one after the other (`slot.py`), and waits for answers. Every wait has a
-limit: a member must be built within `limits.start_s`; each process is pinged every `heartbeat_s`, and one that gives no
+limit: a slot must have a place within `limits.start_s` (`slot_places.py`), then its process must be there within
+the same, and then its member be built; each process is pinged every `heartbeat_s`, and one that gives no
 answer for `lost_after_s` is ended (SIGKILL, so that a stopped one goes too), as is one that blocks in its own work ten
 times as long. Its member is then `Gone`, and the slot's next member has a new process. A private Ray ends with the
 host. No torch here.
@@ -15,15 +16,15 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from distml.errors import UsageError
 from distml.exchange.layout import Array
 from distml.memory import out_of_memory_kills
 from distml.population.host import Advanced, Answer, Copied, Gone, Handle, Ready
@@ -33,9 +34,10 @@ from distml.runtime.cut import Cut
 from distml.runtime.deaths import cause_of_death
 from distml.runtime.endings import close_within
 from distml.runtime.kept import Left
-from distml.runtime.placement import actor_options, check_resources, cluster_nodes, reserve
-from distml.runtime.planning import capacity, request_of
+from distml.runtime.placement import Outlook, check_resources
+from distml.runtime.planning import request_of
 from distml.runtime.ray import kill
+from distml.runtime.slot_places import SlotPlaces
 from distml.spec.schema import JobSpec
 from distml.tasks.sources import SourceTree
 
@@ -87,12 +89,11 @@ class Slot:
             state that it reads, whose memory must not be used again before.
         heard: when it last answered anything; None: its process has not begun.
         asked: when it was last pinged.
-        started: when its member was told to start; until it is built.
+        started: since when its place, then its process, then its member is awaited; until that is built.
         dropped: numbers of states that its process may forget.
     """
 
     index: int
-    place: PlacementGroup | None = None
     actor: Any = None
     member: str | None = None
     calls: dict[Any, tuple[str, Handle]] = field(default_factory=dict)
@@ -130,14 +131,16 @@ class RayHost:
         address: of a running Ray cluster; None: RAY_ADDRESS, the surrounding job's, else a private Ray.
         injections: member -> failures to cause (`kill:rank=0,step=40`), until it is gone for the first time.
         start_weights: what `init` starts from.
+        say: told what is waited for.
 
     Raises:
-        UsageError: no cluster at the address, or not even one member fits.
+        UsageError: no cluster at the address, or not even one member fits or has a place within `limits.start_s`.
     """
 
     def __init__(
         self, base: JobSpec, sources: SourceTree, directory: Path, slots: int, address: str | None = None,
         injections: Injections | None = None, start_weights: Mapping[str, Array] | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
         self.base, self.sources, self.directory = base, sources, directory.resolve()
         self.injections = dict(injections or {})
@@ -149,21 +152,24 @@ class RayHost:
         self.all_slots: list[Slot] = []
         resources = base.resources
         self.owns_ray = False
+        self.places = SlotPlaces(base, Outlook(), say)
         try:
             each = resources.workers * resources.cpus_per_worker
             self.owns_ray = connect(address, slots * each, base.limits.start_s)
-            self.outlook = check_resources(base, self.owns_ray)
+            self.places.outlook = check_resources(base, self.owns_ray)
+            self.all_slots = [Slot(index) for index in range(self.places.take(slots))]
         except BaseException:
             self.close()
             raise
-        self.num_slots = max(1, min(slots, fitting(base, self.outlook.reserved)))
-        self.all_slots = [Slot(index) for index in range(self.num_slots)]
         self.start_weights = ray.put(dict(start_weights)) if start_weights is not None else None
 
     @property
     def slots(self) -> int:
-        """Members at the same time."""
-        return self.num_slots
+        """Members at the same time: slots that have a place, or somebody who waits there for one."""
+        return max(1, sum(slot.member is not None or self._is_placed(slot) for slot in self.all_slots))
+
+    def _is_placed(self, slot: Slot) -> bool:
+        return slot.index in self.places.placed
 
     @property
     def hosts(self) -> Sequence[str]:
@@ -172,12 +178,11 @@ class RayHost:
 
     # ------------------------------------------------------------------------------------------------------- commands
     def start(self, member: str, job: JobSpec, state: Handle | None = None, watch: Sequence[str] = ()) -> None:
-        """Build a member in a free slot; one whose process is there comes first."""
-        free = sorted(
-            (slot for slot in self.all_slots if slot.member is None), key=lambda s: (s.actor is None, s.index)
-        )
+        """Build a member in a free slot; one with a place comes first, of them one whose process is there."""
+        free = sorted((slot for slot in self.all_slots if slot.member is None),
+                      key=lambda slot: (not self._is_placed(slot), slot.actor is None, slot.index))  # fmt: skip
         if not free:
-            raise RuntimeError(f"no free slot for member {member}: {self.num_slots} are taken")
+            raise RuntimeError(f"no free slot for member {member}: {len(self.all_slots)} are taken")
         slot = free[0]
         if slot.actor is None:
             self._launch(slot)
@@ -241,7 +246,10 @@ class RayHost:
         while not self.answers:
             left = deadline - time.monotonic()
             self._listen(min(POLL_S, max(0.0, left)))
+            came = self.places.look()
             for slot in self.all_slots:
+                if slot.index in came and slot.started is not None:
+                    slot.started = time.monotonic()
                 if slot.actor is not None:
                     self._look_at(slot)
             if left <= 0:
@@ -296,8 +304,7 @@ class RayHost:
         """Ping a slot's process; end one that is silent, blocks, or takes too long to start."""
         limits, now = self.base.limits, time.monotonic()
         if slot.started is not None and now - slot.started > limits.start_s:
-            self._end(slot, f"it was not built within {limits.start_s:g} s; see logs/slot-{slot.index}.log, or raise "
-                            "limits.start_s")  # fmt: skip
+            self._end_start(slot)
         elif slot.process is None or slot.heard is None:
             self._hear_hello(slot)
         elif slot.ping is None:
@@ -308,6 +315,24 @@ class RayHost:
         elif now - max(slot.asked, slot.heard) > limits.lost_after_s:
             self._end(slot, f"it gave no answer for {limits.lost_after_s:g} s (stopped or cut off) and was ended")
 
+    def _end_start(self, slot: Slot) -> None:
+        """A start has taken too long.
+
+        Raises:
+            UsageError: no slot at all has a place any more.
+        """
+        limit = f"{self.base.limits.start_s:g} s"
+        if slot.process is not None:
+            cause = f"it was not built within {limit}; see logs/slot-{slot.index}.log, or raise limits.start_s"
+        elif self._is_placed(slot):
+            cause = f"its process was not there within {limit}; raise limits.start_s"
+        else:
+            cause = (f"after {limit} still no place for {request_of(self.base)}; {self.places.situation()}; raise "
+                     "limits.start_s to wait longer")  # fmt: skip
+            if not self.places.placed:
+                raise UsageError(cause)
+        self._end(slot, cause)
+
     def _hear_hello(self, slot: Slot) -> None:
         if not ray.wait([slot.hello], timeout=0)[0]:
             return
@@ -317,6 +342,8 @@ class RayHost:
             self._lose(slot, self._cause(error), "start")
             return
         slot.process, slot.heard = (node, pid), time.monotonic()
+        if slot.started is not None:  # from now on it is its own time
+            slot.started = slot.heard
 
     def _hear_ping(self, slot: Slot) -> None:
         try:
@@ -337,21 +364,19 @@ class RayHost:
 
     # ---------------------------------------------------------------------------------------------------------- slots
     def _launch(self, slot: Slot) -> None:
-        """Give a slot a process; with a placement group where its members have workers of their own."""
+        """Give a slot a process, in its place; of a member with workers of its own these have the bundles."""
         from distml.runtime.slot import SlotActor
 
-        resources = self.base.resources
+        resources, place = self.base.resources, self.places.groups[slot.index]
         actor: Any = SlotActor
-        options = actor_options(self.base)
-        if resources.workers > 1:
-            if slot.place is None:
-                slot.place = reserve(self.base, self.outlook.reserved)
-            there = PlacementGroupSchedulingStrategy(slot.place, placement_group_bundle_index=0)
-            options = {"num_cpus": 0, "scheduling_strategy": there}  # the workers have the bundles
+        options: dict[str, Any] = {"num_cpus": 0}
+        if resources.workers == 1:
+            options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
+        there = PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=0)
         base_json = self.base.model_dump_json(by_alias=True)
         code = (self.sources.directory, self.sources.files)
-        slot.actor = actor.options(**options).remote(
-            slot.index, base_json, str(self.directory), code, self.start_weights, slot.place
+        slot.actor = actor.options(**options, scheduling_strategy=there).remote(
+            slot.index, base_json, str(self.directory), code, self.start_weights, place
         )
         slot.hello, slot.heard, slot.process, slot.ping = slot.actor.hello.remote(), None, None, None
         slot.dropped, slot.kept = deque(), weakref.WeakSet()
@@ -370,6 +395,7 @@ class RayHost:
         """A process is gone, and its member with it; the slot is free."""
         ray.kill(slot.actor, no_restart=True)  # unreachable is not always dead
         member, step, slot.actor = slot.member, slot.step, None
+        self.places.look(at_once=True)  # its node may have gone too
         self._empty(slot)
         if member is not None:
             self.gone.add(member)
@@ -387,14 +413,6 @@ class RayHost:
             if slot.actor is not None:
                 ray.kill(slot.actor, no_restart=True)
                 slot.actor = None
-            if slot.place is not None:
-                remove_placement_group(slot.place)
-                slot.place = None
+        self.places.close()
         if self.owns_ray:
             ray.shutdown()
-
-
-def fitting(base: JobSpec, reserved: Sequence[str] = ()) -> int:
-    """Members that the whole cluster has room for, without nodes that are for others."""
-    nodes = [node for node in cluster_nodes() if node.id not in reserved]
-    return capacity(nodes, request_of(base)) // base.resources.workers
