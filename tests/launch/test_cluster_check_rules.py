@@ -121,7 +121,8 @@ def test_the_token_may_come_in_other_ways(tmp_path, monkeypatch):
     options = '["-e RAY_AUTH_MODE=token", "-e RAY_AUTH_TOKEN_PATH=/etc/ray-token"]'
     mode = ('["--ulimit nofile=65536:65536"]', options)
     mount = ("  ~/.ray/auth_token: ~/.ray/auth_token", "  /etc/ray-token: ~/.ray/auth_token")
-    assert _checked(tmp_path, monkeypatch, "aws-gpu.yaml", ("export RAY_AUTH_MODE=token; ", ""), mode, mount) == []
+    export = ("export RAY_AUTH_MODE=token ", "export ")
+    assert _checked(tmp_path, monkeypatch, "aws-gpu.yaml", export, mode, mount) == []
 
 
 def test_a_token_that_others_can_read_is_told(tmp_path, monkeypatch):
