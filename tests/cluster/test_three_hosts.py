@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 
+import pytest
 import torch
 from own.on_hosts import (
     DIGITS,
@@ -39,6 +40,7 @@ SWEEP = {
 }
 
 
+@pytest.mark.slow
 def test_a_sweep_is_submitted_and_its_trials_run_on_the_nodes(cluster, tmp_path):
     process = submit(cluster, tmp_path, SWEEP)
     code, said = ended(process)

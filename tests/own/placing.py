@@ -87,6 +87,7 @@ def zone_here() -> str:
 def busy() -> dict[str, Any]:
     """Others have it all: waited for, then there; and waited for in vain."""
     lines: list[str] = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
     other = place(job(workers=4, name="other").model_copy(update={"name": "other"}))
     vain = where(job(limits={"start_s": 2.0}), lines.append)
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
