@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +247,19 @@ class Driver:
                            step=self.version) from error  # fmt: skip
         self._forget_candidates(None)
         self.reason, self.end_version = "requested", -1
-        self.display.note(f"there is room for more: all go on from step {from_version}{self._follow_size()}")
+        size = self._follow_size()
+        self.display.note(f"{'there is room for more: ' if size else ''}all go on from step {from_version}{size}")
+        self._record_whereabouts()
         self._rewind()
+
+    def _record_whereabouts(self) -> None:
+        """Keep environment.json true: after a change other hosts have the workers, or gradients travel otherwise."""
+        transport, hosts = self.group.whereabouts()
+        if (transport, hosts) == (self.description.transport, self.description.hosts):
+            return
+        self.description = replace(self.description, transport=transport, hosts=hosts)
+        known = self.directory.read_environment()
+        self.directory.write_environment({**known, "transport": transport, "hosts": hosts})
 
     # --------------------------------------------------------------------------------------------------------- metrics
     def _write(self, row: dict[str, Any]) -> None:
@@ -414,6 +425,7 @@ class Driver:
         self._fetch()
         if self.cut is not None:
             self._remember(self.cut)
+            self._secure(self.cut)
         from_version = self.cut.version if self.cut is not None else 0
         left, declared = self.store.ranks_folders(), time.perf_counter()
         try:
@@ -428,10 +440,18 @@ class Driver:
         self.metrics["timing/recover_s"] = time.perf_counter() - declared
         size = self._follow_size()
         what = f"all go on from step {from_version}{size}" if went_back else "the others went on; it rejoins"
+        if self.signals.asked:
+            what = f"not replaced, as the run was asked to end; step {from_version} is kept"
         self.display.note(f"{event.role} was lost at step {self.version} ({event.cause}): {what} "
                           f"(restart {self.restarts} of {self.job.limits.max_restarts})")  # fmt: skip
         if went_back:
+            self._record_whereabouts()
             self._rewind()
+
+    def _secure(self, cut: Cut) -> None:
+        """Have it written before anything is waited for: whoever ends this process meanwhile loses no more."""
+        if not self.keeps_parts and cut.version not in self.store.steps():
+            self._commit(cut, important=True)
 
     def _forget_candidates(self, role: str | None) -> None:
         """All that a run will come to again; or, where the others went on, those whose evaluations one rank owes."""

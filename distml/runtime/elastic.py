@@ -20,8 +20,8 @@ from pathlib import Path
 import ray
 
 from distml.errors import UsageError
+from distml.inject import Injection
 from distml.runtime.cut import Cut, reshard
-from distml.runtime.nodes import wait_for_verdict
 from distml.runtime.placement import check_resources
 from distml.runtime.ray import ProcessLostError, RayRuntime, without_spent
 from distml.runtime.seats import Room, Seat, living_nodes, nodes_of, ranked
@@ -43,12 +43,33 @@ class ElasticRuntime(RayRuntime):
         self.elastic_job = job
         self.room = Room(job, lambda text: self.say(text), lambda: self.stop_asked)
         self.looked_at = self.changed_at = 0.0
+        self.is_grouped = True  # not while it is between two sizes
 
     def _take_seats(self) -> None:
         """As many as there is room for."""
         fewest = self.room.range.min
-        self.room.clear_of = check_resources(self.elastic_job.with_workers(fewest), self.owns_ray).reserved
-        self._sit(self.room.at_least(fewest))
+        outlook = check_resources(self.elastic_job.with_workers(fewest), self.owns_ray)
+        self.room.clear_of, self.room.awaits = outlook.reserved, outlook.awaits
+        self._sit(self._fitting(self.room.at_least(fewest)))
+        self.room.release_others(self.seats)
+
+    def _fitting(self, seats: list[Seat]) -> list[Seat]:
+        """All of them; or those of one node where the transport is for one, and enough are there.
+
+        Raises:
+            UsageError: there are not.
+        """
+        nodes = nodes_of(seats)
+        try:
+            choose(self.elastic_job.with_workers(len(seats)), nodes)
+        except UsageError:
+            most = max(nodes, key=nodes.count)
+            fitting = [seat for seat, node in zip(seats, nodes, strict=True) if node == most]
+            if len(fitting) < self.room.range.min:
+                raise
+            choose(self.elastic_job.with_workers(len(fitting)), [most] * len(fitting))
+            return fitting
+        return seats
 
     def _sit(self, seats: list[Seat]) -> None:
         """From now on the group has these seats."""
@@ -56,6 +77,13 @@ class ElasticRuntime(RayRuntime):
         self.job = self.elastic_job.with_workers(self.size)
         self.job_json = self.job.model_dump_json(by_alias=True)
         self.looked_at = self.changed_at = time.monotonic()
+
+    def _check_injections(self) -> None:
+        super()._check_injections()
+        for text in self.injections:
+            one = Injection.parse(text)
+            if one.role == "rank" and one.index >= self.size:
+                self.say(f"--inject {text}: there is no rank {one.index} yet, of {self.size} workers; it waits for one")
 
     def _leave_seats(self) -> None:
         self.room.close()
@@ -80,20 +108,38 @@ class ElasticRuntime(RayRuntime):
             choose(self.elastic_job.with_workers(len(seats)), nodes_of(seats))
         except UsageError as error:
             self.say(f"no more than {self.size} workers: {error}")
+            self.room.release_others(self.seats)
             self.changed_at = float("inf")
             return False
         return True
 
     def regroup(self, cut: Cut | None) -> None:
-        """All have ended for now: go on from there, in all seats that there are."""
-        self._guarded([], lambda: self._regroup(cut))
+        """All have ended for now: go on from there, in all seats that there are; or, if that fails, in those before."""
+        self._guarded([], lambda: self._grow(cut))
+
+    def _grow(self, cut: Cut | None) -> None:
+        former = list(self.seats)
+        try:
+            self._regroup(cut)
+        except UsageError as error:
+            new = [seat for seat in self.seats if seat not in former]
+            if self.stop_asked or not new:
+                raise
+            hosts = nodes_of(new)
+            self.room.give_up(new, former)
+            self.say(f"no more than {len(former)} workers: with others the group could not go on: {error}")
+            self._regroup(cut, hoped=len(former))
+            if set(hosts) & set(nodes_of(former)):  # its node cannot be passed over
+                self.changed_at = float("inf")
 
     # ----------------------------------------------------------------------------------------------------------- loss
     def recover(self, cut: Cut | None) -> bool:
         """Replace what is lost where its place is still there; else go on with the others."""
         roles = list(self.lost)
-        nodes, self.lost_nodes = self.lost_nodes, {}
-        wait_for_verdict(nodes, self.job.limits.start_s)
+        with self._recovering(roles):
+            self._wait_for_verdict()
+        if self.stop_asked:
+            return True
         if self._all_seats_stay() and not self.wants_more:  # else some have heard that they are to end
             return super().recover(cut)
         self.injections, self.lost = without_spent(self.injections, roles), {}
@@ -103,30 +149,34 @@ class ElasticRuntime(RayRuntime):
     def _guarded(self, roles: list[str], act: Callable[[], None]) -> None:
         """`act`; whoever dies meanwhile is the next `Lost`."""
         try:
-            act()
+            with self._recovering(roles):
+                act()
         except ProcessLostError as again:
             self._mark_lost(again.role, again.cause)
             self.lost.setdefault(again.role, again.cause)
-        except UsageError:
-            if not self.stop_asked:
-                raise
-            self.lost |= dict.fromkeys(roles, "it was not replaced: the run was asked to end")
 
     def _all_seats_stay(self) -> bool:
         """Whether all places are there, and where they were."""
+        if not self.is_grouped:
+            return False
         places = nodes_of(self.seats)
         stayed = all(places[rank] == facts["node"] for rank, facts in self.facts.items())
         return stayed and set(places) <= living_nodes()
 
     # ------------------------------------------------------------------------------------------------------- both
-    def _regroup(self, cut: Cut | None) -> None:
-        """Whoever is left, and new ones where there are more seats, go on from `cut` as a group of that size."""
+    def _regroup(self, cut: Cut | None, hoped: int | None = None) -> None:
+        """Whoever is left, and new ones where there are more seats, go on from `cut` as a group of that size.
+
+        Args:
+            hoped: so many, if Ray finds places soon; None: as many as there are.
+        """
+        self.is_grouped = False
         if self.job.strategy.keeps_parts:
             self._end_all()
         elif self.streams:
             self._stop_streams()
         self.injections = without_spent(self.injections, list(self.lost))
-        seats = self.room.at_least(self.room.range.min, hoped=self.size)
+        seats = self._fitting(self.room.at_least(self.room.range.min, self.size if hoped is None else hoped))
         sat = dict(zip(self.seats, (self.workers.get(rank) for rank in range(len(self.seats))), strict=True))
         self._sit(seats)
         self.room.release_others(seats)
@@ -144,6 +194,7 @@ class ElasticRuntime(RayRuntime):
         self._check_shared_memory()
         self._check_directory()
         self.built_weights = self.workers[0].start_weights.remote() if self.servers else None
+        self.is_grouped = True
         self._begin(reshard(cut, self.size) if cut is not None else None)
         self.changed_at = time.monotonic()
 
@@ -152,18 +203,3 @@ class ElasticRuntime(RayRuntime):
         for known in (self.streams, self.pings, self.heard, self.asked, self.phases, self.lost, self.broken, self.facts,
                       self.places, self.finished):  # fmt: skip
             known.clear()  # type: ignore[attr-defined]
-
-    def _choose_again(self) -> None:
-        """The way of the gradients between these nodes; servers that live go on, with the job of this size."""
-        self.transport = choose(self.job, self._nodes())
-        if self.transport.name != "object_store":
-            for server in self.servers.values():
-                ray.kill(server, no_restart=True)
-            self.servers, self.num_servers = {}, 0
-            if self.transport.name != "shared_memory" and self.segment is not None:
-                self.segment.close()
-                self.keeps, self.segment = False, None
-            return
-        self._ask({f"server {index}": server.take.remote(self.job_json) for index, server in self.servers.items()},
-                  "the job of another size to be taken")  # fmt: skip
-        self._start_servers()

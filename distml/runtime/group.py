@@ -101,6 +101,10 @@ class WorkerGroup(Protocol):
         """Go on from `cut` with as many workers as there is room for."""
         ...
 
+    def whereabouts(self) -> tuple[str, list[str]]:
+        """`Description.transport` and `Description.hosts` as they are now."""
+        ...
+
     def shared_state(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
         """The servers' part of a cut at `version`; None if it is no longer there."""
         ...

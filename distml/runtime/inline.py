@@ -346,7 +346,7 @@ class InlineRuntime:
             raise UsageError(DIFFERENT_MODELS)
         strategy = self.trainers[0].strategy
         frozen = {name: to_numpy(tensor).copy() for name, tensor in strategy.frozen().items()}
-        return Description(strategy.layout, frozen, "in one process (inline)", [socket.gethostname()])
+        return Description(strategy.layout, frozen, *self.whereabouts())
 
     def plan_facts(self) -> dict[str, Any]:
         """Of this process."""
@@ -452,6 +452,10 @@ class InlineRuntime:
 
     def regroup(self, cut: Cut | None) -> None:
         """One process has no more room."""
+
+    def whereabouts(self) -> tuple[str, list[str]]:
+        """This process."""
+        return "in one process (inline)", [socket.gethostname()]
 
     def shared_state(self, version: int, carried: dict[str, Array]) -> dict[str, Any] | None:
         """From the shards' captures."""

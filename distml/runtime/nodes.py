@@ -20,16 +20,19 @@ CONNECT_S, LOOK_EVERY_S = 2.0, 0.5
 GLANCE_S, GLANCE_EVERY_S, PAUSE_S = 0.2, 2.0, 0.5
 
 
-def wait_for_verdict(nodes: Mapping[str, float], limit_s: float) -> set[str]:
+def wait_for_verdict(
+    nodes: Mapping[str, float], limit_s: float, is_over: Callable[[], bool] = lambda: False
+) -> set[str]:
     """Those of these nodes that have gone, once it is known of each.
 
     Args:
         nodes: node -> how long its raylet must keep a connection to count as alive, in seconds; 0: to accept it is
             enough. More where the connection to a process broke and nobody has said why: the raylet may die with it.
         limit_s: until it must be known.
+        is_over: whether the run was asked to end.
 
     Raises:
-        UsageError: it is not; with the nodes.
+        UsageError: it is not, with the nodes; or the run was asked to end.
     """
     deadline = time.monotonic() + limit_s
     unknown, dead = dict(nodes), set[str]()
@@ -44,6 +47,8 @@ def wait_for_verdict(nodes: Mapping[str, float], limit_s: float) -> set[str]:
             del unknown[node]
         if not unknown:
             return dead
+        if is_over():
+            raise UsageError("asked to end while it waited to hear whether a node lives")
         if time.monotonic() > deadline:
             names = ", ".join(f"{there[node][0]}" for node in unknown if node in there)
             raise UsageError(f"waited {limit_s:g} s for {names}, which can neither be reached nor is declared dead by "

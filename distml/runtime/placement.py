@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,21 +178,25 @@ def wait_for_place(
             raise UsageError("asked to end while it waited for a place")
         if now - began > limit:
             raise UsageError(f"after {limit:g} s still no place for {request_of(job)}; "
-                             f"{situation(group, job, awaits)}; raise limits.start_s to wait longer")  # fmt: skip
+                             f"{situation([group], job, awaits)}; raise limits.start_s to wait longer")  # fmt: skip
         if now >= next_line:
             next_line = now + SAY_EVERY_S
-            say(f"waiting for a place for {request_of(job)}: {situation(group, job, awaits)}; "
+            say(f"waiting for a place for {request_of(job)}: {situation([group], job, awaits)}; "
                 f"{limit - (now - began):.0f} s of limits.start_s left")  # fmt: skip
         time.sleep(POLL_S)
 
 
-def situation(group: PlacementGroup, job: JobSpec, awaits: str = "") -> str:
-    """What is free, who has the rest as far as Ray's table of groups says, and who adds more."""
+def situation(own: Sequence[PlacementGroup], job: JobSpec, awaits: str = "") -> str:
+    """What is free, who has the rest as far as Ray's table of groups says, and who adds more.
+
+    Args:
+        own: the job's groups.
+    """
     request, free = request_of(job), ray.available_resources()
     known = capacity(cluster_nodes(), request, free=True)  # others than groups may have something too
     room = min([known, request.workers - 1, *(int(free.get(name, 0.0) // n) for name, n in request.each.items())])
     parts = [f"room for {room} of them now, {counted(free)} free"]
-    holders = _holders(placement_group_table(), group.id.hex())
+    holders = _holders(placement_group_table(), {group.id.hex() for group in own})
     if holders:
         parts.append(f"held by {', '.join(holders)}")
     if awaits:
@@ -200,11 +204,11 @@ def situation(group: PlacementGroup, job: JobSpec, awaits: str = "") -> str:
     return "; ".join(parts)
 
 
-def _holders(table: Mapping[str, Mapping[str, Any]], own: str) -> list[str]:
+def _holders(table: Mapping[str, Mapping[str, Any]], own: Collection[str]) -> list[str]:
     """Who has bundles, and how much: runs of distml by name; at most `HOLDERS_SHOWN`, those with most first."""
     found: dict[str, Counter[str]] = {}
     for name, group in table.items():
-        if group["state"] != PLACED or name == own:
+        if group["state"] != PLACED or name in own:
             continue
         words = group["name"].split()
         who = words[1] if len(words) == 3 and words[0] == OURS else group["name"] or "others"

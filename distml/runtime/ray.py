@@ -38,7 +38,7 @@ from distml.runtime.group import DIFFERENT_MODELS, Description, Lost
 from distml.runtime.nodes import Cuts, wait_for_verdict
 from distml.runtime.placement import check_resources, place, server_node, wait_for_place
 from distml.runtime.seats import Seat, nodes_of, seats_of
-from distml.runtime.transport import Transport, choose, fall_back
+from distml.runtime.transport import Transport, by_host, choose, fall_back
 from distml.spec.schema import JobSpec, ParameterServerSpec
 from distml.strategies.agenda import SNAPSHOT_EVERY
 from distml.tasks.sources import SourceTree
@@ -106,6 +106,7 @@ class RayRuntime:
         self.group: PlacementGroup | None = None
         self.seats: list[Seat] = []  # each rank's
         self.stop_asked, self.owns_ray = False, False
+        self.is_recovering = False
         self.stop_told_at: float | None = None
         self.was_silent = False  # a process gave no answer: its peers may not know that it is gone
         self.start_weights: Mapping[str, Array] | None = None
@@ -142,8 +143,11 @@ class RayRuntime:
     def _description(self) -> Description:
         facts = self.facts[0]
         self.layout = Layout.from_json(facts["layout"])
-        hosts = sorted({f["host"] for f in self.facts.values()})
-        return Description(self.layout, facts["frozen"], str(self.transport), hosts)
+        return Description(self.layout, facts["frozen"], *self.whereabouts())
+
+    def whereabouts(self) -> tuple[str, list[str]]:
+        """The transport, and why; the workers' hosts."""
+        return str(self.transport), sorted({facts["host"] for facts in self.facts.values()})
 
     def take(self, job: JobSpec) -> Description:
         """Build another job in the same processes; its resources and strategy are as before."""
@@ -280,13 +284,17 @@ class RayRuntime:
 
         Raises:
             ProcessLostError: a process died, or lost the peer that it needed for its answer.
-            UsageError: no answer in time.
+            UsageError: no answer in time; or the run was asked to end in a recovery.
         """
         limit = self.job.limits.start_s
         deadline = time.monotonic() + limit
         pending, answers = {call: role for role, call in calls.items()}, {}
         while pending:
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            left = max(0.0, deadline - time.monotonic())
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(left, POLL_S))
+            self._check_not_over(awaited)
+            if not ready and left > POLL_S:
+                continue
             if not ready:
                 role = next(iter(pending.values()))
                 raise UsageError(
@@ -295,6 +303,11 @@ class RayRuntime:
             role = pending.pop(ready[0])
             answers[role] = self._answer(role, ready[0], awaited)
         return [answers[role] for role in calls]
+
+    def _check_not_over(self, awaited: str) -> None:
+        """End a recovery's wait when the run is asked to end: what it goes back to has been committed."""
+        if self.is_recovering and self.stop_asked:
+            raise UsageError(f"asked to end while it waited for {awaited}")
 
     def _answer(self, role: str, call: Any, awaited: str) -> Any:
         """What a call has come to."""
@@ -546,6 +559,7 @@ class RayRuntime:
 
     def _mark_lost(self, role: str, cause: str) -> None:
         kind, index = role.split()
+        node = self._node_of(role)
         self.broken.pop(role, None)
         actor = self._living(role).pop(int(index), None)
         if actor is not None:
@@ -556,8 +570,18 @@ class RayRuntime:
                 return  # it had nothing left to do
         self.pings.pop(role, None)
         self.lost[role] = cause
+        self.places.pop(role, None)
+        if node:
+            self.lost_nodes[node] = UNSAID_S if cause == CONNECTION_BROKE else 0.0
+
+    def _node_of(self, role: str) -> str:
+        """Where a process is, or was to be: it may die before it has said so; "" where that is not known."""
         if role in self.places:
-            self.lost_nodes[self.places.pop(role)[0]] = UNSAID_S if cause == CONNECTION_BROKE else 0.0
+            return self.places[role][0]
+        kind, index = role.split()
+        if kind != "rank" or int(index) not in self.workers:
+            return ""
+        return nodes_of([self.seats[int(index)]])[0]
 
     @property
     def _needs_everyone(self) -> bool:
@@ -587,25 +611,45 @@ class RayRuntime:
         self.injections = without_spent(self.injections, roles)
         only_workers = all(role.startswith("rank") for role in roles)
         went_back = False
-        nodes, self.lost_nodes = self.lost_nodes, {}
-        wait_for_verdict(nodes, self.job.limits.start_s)  # else Ray would place the new ones on a node that has gone
         try:
-            self._wait_for_place()
-            if only_workers and not self._needs_everyone and self._all_rejoin(roles, cut):
-                return False
-            went_back = True
-            self._go_back(cut)
+            with self._recovering(roles):
+                self._wait_for_verdict()  # else Ray would place the new ones on a node that has gone
+                self._wait_for_place()
+                moved = self._has_moved()
+                if only_workers and not self._needs_everyone and not moved and self._all_rejoin(roles, cut):
+                    return False
+                went_back = True
+                self._go_back(cut, moved)
         except ProcessLostError as again:
             for role in roles:
                 if role != again.role and int(role.split()[1]) not in self._living(role):
                     self.lost[role] = "it could not be replaced yet"
             self._mark_lost(again.role, again.cause)
             self.lost.setdefault(again.role, again.cause)
+        return went_back
+
+    @contextlib.contextmanager
+    def _recovering(self, roles: list[str]) -> Iterator[None]:
+        """Inside, no wait outlasts a request to end; these roles are then lost for good."""
+        self.is_recovering = True
+        try:
+            yield
         except UsageError:
             if not self.stop_asked:
                 raise
             self.lost |= dict.fromkeys(roles, "it was not replaced: the run was asked to end")
-        return went_back
+        finally:
+            self.is_recovering = False
+
+    def _wait_for_verdict(self) -> None:
+        """Until it is known whether the nodes of those that were lost live."""
+        nodes, self.lost_nodes = self.lost_nodes, {}
+        wait_for_verdict(nodes, self.job.limits.start_s, lambda: self.stop_asked)
+
+    def _has_moved(self) -> bool:
+        """Whether Ray's other place for one that was lost changes who shares a host with whom, where that matters."""
+        matters = self.transport.name in ("shared_memory", "process_group")
+        return matters and by_host(self._nodes()) != self.transport.hosts
 
     def _wait_for_place(self) -> None:
         """Until those that were lost with their node have another one."""
@@ -619,23 +663,48 @@ class RayRuntime:
     def _living(self, role: str) -> dict[int, Any]:
         return self.workers if role.startswith("rank") else self.servers
 
-    def _go_back(self, cut: Cut | None) -> None:
-        """Everyone continues from `cut`; without one, from the beginning."""
+    def _go_back(self, cut: Cut | None, moved: bool = False) -> None:
+        """Everyone continues from `cut`; without one, from the beginning.
+
+        Args:
+            moved: others share a host than before: the transport is chosen again, and all build anew.
+        """
         if self.job.strategy.keeps_parts:
             self._end_all()
         else:
             self._stop_streams()
         self.injections = without_spent(self.injections, list(self.lost))
         self.lost, self.pings, self.broken = {}, {}, {}
+        if moved:
+            self._choose_again()
         self._replace_servers()
         missing = [rank for rank in range(self.size) if rank not in self.workers]
         for rank in missing:
             self.workers[rank] = self._worker(rank)
-        anew = list(range(self.size)) if cut is None else missing
+        anew = list(range(self.size)) if cut is None or moved else missing
         if anew:
             self._build_workers(anew)
             self._check_directory()
+        if moved:
+            self._check_shared_memory()
+            self.built_weights = self.workers[0].start_weights.remote() if self.servers else None
         self._begin(cut)
+
+    def _choose_again(self) -> None:
+        """The way of the gradients between these nodes; servers that live go on, with the job of this size."""
+        self.transport = choose(self.job, self._nodes())
+        if self.transport.name != "shared_memory" and self.segment is not None:
+            self.segment.close()
+            self.segment = None
+        self.keeps = False  # until it is known that there is room
+        if self.transport.name != "object_store":
+            for server in self.servers.values():
+                ray.kill(server, no_restart=True)
+            self.servers, self.num_servers = {}, 0
+            return
+        self._ask({f"server {index}": server.take.remote(self.job_json) for index, server in self.servers.items()},
+                  "the job of another size to be taken")  # fmt: skip
+        self._start_servers()
 
     def regroup(self, cut: Cut | None) -> None:
         """A group of a fixed size has no more room."""
@@ -697,6 +766,7 @@ class RayRuntime:
             limits.lost_after_s)  # fmt: skip
         self.was_silent, deadline = False, time.monotonic() + patience_s
         while self.streams and time.monotonic() < deadline:
+            self._check_not_over("the others' exchange to break")
             ready, _ = ray.wait(list(self.streams.values()), num_returns=1, timeout=POLL_S)
             for rank in [rank for rank, stream in self.streams.items() if stream in ready]:
                 self._next(rank)

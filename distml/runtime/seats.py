@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from distml.errors import UsageError
-from distml.runtime.placement import cluster_nodes, in_rank_order, reserve
+from distml.runtime.placement import cluster_nodes, in_rank_order, reserve, situation
 from distml.runtime.planning import bundle_of, capacity, counted, request_of
 from distml.spec.schema import JobSpec
 
@@ -22,6 +22,7 @@ READY = "CREATED"
 REPLACE_S = 2.0
 PROBE_S = 2.0  # how long a reservation is given before a smaller one is tried
 POLL_S = 0.1
+FIRST_S = 1.0  # before the first line about a wait
 SAY_EVERY_S = 5.0
 
 
@@ -35,7 +36,8 @@ class Seat:
 
 def nodes_of(seats: Sequence[Seat]) -> list[str]:
     """The node of each seat, as Ray has it now; it may be one that has just died."""
-    tables = {seat.group.id: placement_group_table(seat.group) for seat in seats}
+    groups = {seat.group.id: seat.group for seat in seats}
+    tables = {name: placement_group_table(group) for name, group in groups.items()}
     return [str(tables[seat.group.id]["bundles_to_node_id"].get(seat.bundle, "")) for seat in seats]
 
 
@@ -68,13 +70,16 @@ class Room:
         is_over: whether a wait is to end, since the run is asked to.
 
     Attributes:
-        clear_of: nodes that are for servers alone.
+        clear_of: nodes that are for servers alone, or where workers could not be started.
+        awaits: who is to add nodes that are still missing; empty: none are.
     """
 
     def __init__(self, job: JobSpec, say: Callable[[str], None], is_over: Callable[[], bool]) -> None:
         assert job.resources.elastic is not None
         self.job, self.range, self.say, self.is_over = job, job.resources.elastic, say, is_over
         self.clear_of: Sequence[str] = ()
+        self.awaits = ""
+        self.given_up: set[Seat] = set()
         self.groups: list[PlacementGroup] = []
         self.asked: PlacementGroup | None = None
         self.asked_at = 0.0
@@ -84,7 +89,8 @@ class Room:
         """Those on nodes that live, in the order in which they were reserved, no more than the most."""
         alive = living_nodes()
         reserved = [Seat(group, bundle) for group in self.groups for bundle in range(group.bundle_count)]
-        living = [seat for seat, node in zip(reserved, nodes_of(reserved), strict=True) if node in alive]
+        living = [seat for seat, node in zip(reserved, nodes_of(reserved), strict=True)
+                  if node in alive and seat not in self.given_up]  # fmt: skip
         return living[: self.range.max]
 
     def at_least(self, number: int, hoped: int = 0) -> list[Seat]:
@@ -96,7 +102,8 @@ class Room:
         Raises:
             UsageError: it was in vain, or the run was asked to end.
         """
-        limit, began, said = self.job.limits.start_s, time.monotonic(), time.monotonic()
+        limit, began = self.job.limits.start_s, time.monotonic()
+        next_line = began + FIRST_S
         while len(seats := self.seats()) < hoped or len(seats) < number:
             now = time.monotonic()
             if len(seats) >= number and (now - began > REPLACE_S or self._free() < 1):
@@ -105,21 +112,28 @@ class Room:
                 raise UsageError(f"asked to end while it waited for room for {number} workers")
             if now - began > limit:
                 raise UsageError(f"after {limit:g} s there is room for {len(seats)} of at least {number} workers "
-                                 f"with {counted(bundle_of(self.job))} each; add nodes, wait for other jobs, or raise "
-                                 "limits.start_s")  # fmt: skip
-            if now - said > SAY_EVERY_S:
-                said = now
-                self.say(f"waiting for room: {len(seats)} of at least {number} workers have a place "
-                         f"({limit - (now - began):.0f} s left)")  # fmt: skip
+                                 f"with {counted(bundle_of(self.job))} each; {self._situation(number)}; add nodes, "
+                                 "wait for other jobs, or raise limits.start_s")  # fmt: skip
+            if now >= next_line:
+                next_line = now + SAY_EVERY_S
+                self.say(f"waiting for room: {len(seats)} of at least {number} workers have a place, each asks for "
+                         f"{counted(bundle_of(self.job))}; {self._situation(number)}; "
+                         f"{limit - (now - began):.0f} s of limits.start_s left")  # fmt: skip
             self._find(len(seats), number)
             time.sleep(POLL_S)
+        self._withdraw()
         return seats
+
+    def _situation(self, number: int) -> str:
+        return situation(self._all_groups(), self.job.with_workers(number), self.awaits)
 
     def has_more(self, size: int) -> bool:
         """Whether there are seats for more than `size` workers; asks for them if there may be room."""
         have = len(self.seats())
         if have < self.range.max:
             self._find(have, 0)
+        else:
+            self._withdraw()
         return have > size
 
     def _find(self, have: int, needed: int) -> None:
@@ -148,19 +162,33 @@ class Room:
     def _free(self) -> int:
         """How many workers there seems to be room for now."""
         request, there = request_of(self.job), ray.available_resources()
-        known = capacity(cluster_nodes(), request, free=True)  # others than groups may have something too
+        nodes = [node for node in cluster_nodes() if node.id not in self.clear_of]
+        known = capacity(nodes, request, free=True)  # others than groups may have something too
         return min([known, *(int(there.get(name, 0.0) // amount) for name, amount in request.each.items())])
 
     def release_others(self, used: Sequence[Seat]) -> None:
-        """Give back groups of which no seat is used, where all that may be used are."""
-        if len(used) < self.range.max:
-            return
+        """Give back groups of which no seat is used."""
         for group in [group for group in self.groups if all(seat.group is not group for seat in used)]:
             self.groups.remove(group)
             remove_placement_group(group)
 
+    def give_up(self, seats: Sequence[Seat], used: Sequence[Seat]) -> None:
+        """Never use these seats again, nor their nodes, except where one of the `used` seats is."""
+        self.given_up |= set(seats)
+        self.clear_of = sorted({*self.clear_of, *nodes_of(seats)} - {*nodes_of(used), ""})
+        self.release_others(used)
+
+    def _withdraw(self) -> None:
+        """What was asked for is no longer wanted."""
+        if self.asked is not None:
+            remove_placement_group(self.asked)
+            self.asked = None
+
+    def _all_groups(self) -> list[PlacementGroup]:
+        return [*self.groups, *([self.asked] if self.asked is not None else [])]
+
     def close(self) -> None:
         """Give everything back."""
-        for group in [*self.groups, *([self.asked] if self.asked is not None else [])]:
+        for group in self._all_groups():
             remove_placement_group(group)
         self.groups, self.asked = [], None
