@@ -86,6 +86,8 @@ def test_slots_count_from_when_they_have_a_place_and_a_start_from_when_its_proce
         ray.get(slot.hello, timeout=PATIENCE_S)
         slot.started -= 2 * job_of().limits.start_s  # what came before its process takes nothing from its own time
         host._hear_hello(slot)
+        host._look_at(slot)
+        assert slot.member == "a"
         assert [type(answer) for answer in until(host, bool)] == [Ready]
         remove_placement_group(second)
         assert until(host, lambda _: host.slots == 3) == []
