@@ -38,6 +38,7 @@ from distml.runs.display import Display, SilentDisplay, make_display
 from distml.runs.storage import check_reachable
 from distml.runs.stored import opened, place_of
 from distml.runtime.driver import Driver
+from distml.runtime.endings import StopSignals
 from distml.runtime.group import WorkerGroup
 from distml.spec.base import Block
 from distml.spec.deepspeed import notes
@@ -147,7 +148,8 @@ def run(
     place = place_of(job.storage, run_name(job.name), path)
     display = display or SilentDisplay()
     stop_s = STOPPED_COPY_S if IN_JOB in os.environ else None
-    with opened(path, place, fresh, display.note, end_this_run, stop_s) as (directory, mirror):
+    signals = StopSignals()  # around the driver's: before and after it a storage is held, too
+    with signals.handled(), opened(path, place, fresh, display.note, end_this_run, stop_s) as (directory, mirror):
         earlier = directory.result.read()
         resume = check_resume(directory, loaded, earlier, display)
         if resume is None and earlier is not None:
@@ -156,10 +158,11 @@ def run(
             )
             return as_result(earlier, path)
         sources = prepare_directory(directory, loaded, bool(resume), display)
-        if mirror is not None:
-            mirror.start()
-        if job.storage is not None and where == "ray":
+        if where == "ray":
             probe_nodes(job, directory, address)
+            signals.take()
+        if mirror is not None:  # not before: a run that is refused is not copied
+            mirror.start()
         if isinstance(job, RLlibSpec):
             return drive_rllib(job, directory, sources, address, display, started, bool(resume))
         if isinstance(job, OverJobs):
@@ -171,14 +174,18 @@ def run(
 
 
 def probe_nodes(job: JobSpec | OverJobs | RLlibSpec, directory: RunDirectory, address: str | None) -> None:
-    """Refuse a storage that a node of the cluster does not see."""
+    """Refuse a storage, or a run directory that trials write into, that a node of the cluster does not see."""
+    if job.storage is None and not isinstance(job, SweepSpec):
+        return
     from distml.runtime.authentication import prepare_authentication
 
     prepare_authentication(address)
-    from distml.runtime.probing import check_nodes
+    from distml.runtime.probing import check_directory, check_nodes
 
-    assert job.storage is not None
-    check_nodes(job.storage, address, directory.logs, job.limits.start_s)
+    if job.storage is not None:
+        check_nodes(job.storage, address, directory.logs, job.limits.start_s)
+    if isinstance(job, SweepSpec):
+        check_directory(directory.path, address, directory.logs, job.limits.start_s)
 
 
 def end_this_run() -> None:

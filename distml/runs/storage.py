@@ -38,6 +38,8 @@ _CREDENTIALS = re.compile(
     r"MISSING_AUTHENTICATION|HTTP status 401", re.IGNORECASE)  # fmt: skip
 _DENIED = re.compile(r"ACCESS_DENIED|AccessDenied|PERMISSION_DENIED|HTTP status 403|Forbidden", re.IGNORECASE)
 _NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|NoSuchBucket|Bucket '[^']*' not found|bucket does not exist", re.IGNORECASE)
+_ELSEWHERE = re.compile(r"HTTP status 301|PermanentRedirect", re.IGNORECASE)
+_REGION = re.compile(r"bucket is located in '([a-z0-9-]+)'")
 _NO_STORE = re.compile(r"RESOURCE_NOT_FOUND", re.IGNORECASE)
 _NO_ANSWER = re.compile(r"NETWORK_CONNECTION|UNAVAILABLE|curlCode|Couldn't connect|resolve host|timed? ?out",
                         re.IGNORECASE)  # fmt: skip
@@ -313,7 +315,10 @@ def explained(error: BaseException) -> str:
         return f"pyarrow is not installed ({text}); install it, or use a folder that every node sees"
     if isinstance(error, OSError) and error.strerror:  # of a folder
         return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+    region = _REGION.search(text)
     for pattern, meaning in (
+        (_ELSEWHERE, "the bucket is in another region; write it after the URL, as in "
+                     f"?region={region[1] if region is not None else 'eu-west-1'}, or set AWS_DEFAULT_REGION"),
         (_NO_BUCKET, "there is no such bucket; make it, or correct its name"),
         (_CREDENTIALS, "the credentials are not taken; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                        "~/.aws/credentials or GOOGLE_APPLICATION_CREDENTIALS"),

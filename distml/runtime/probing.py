@@ -6,6 +6,7 @@ placed. A private Ray has one node, the driver's, and needs no asking.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 import time
@@ -39,14 +40,47 @@ def check_nodes(storage: str, address: str | None, logs: Path, start_s: float) -
         try:
             problems = ask_nodes(storage, place)
         finally:
-            place.remove("")
+            _tidy(place)
     if problems:
-        node, problem = next(iter(problems.items()))
-        more = f" (and {len(problems) - 1} more nodes)" if len(problems) > 1 else ""
         todo = ("give every node the right to it (environment, files, the machine's role) and a way to its endpoint"
                 if is_url(storage) else "use a folder that all nodes mount, or s3:// or gs://")  # fmt: skip
-        shown = storage.partition("?")[0]
-        raise UsageError(f"storage {shown} is not seen by node {node}{more}: {problem}; {todo}")
+        raise UsageError(f"storage {storage.partition('?')[0]} is not seen by {_first(problems)}; {todo}")
+
+
+def check_directory(directory: Path, address: str | None, logs: Path, start_s: float) -> None:
+    """The same for the run directory of a job whose processes on other nodes write into it themselves.
+
+    Raises:
+        UsageError: the cluster has more than one node, and one of them does not see it.
+    """
+    if not ray.is_initialized() and cluster_address(address) is None:
+        return
+    with diverted_output(logs / "ray.log"):
+        connect(address, 0, start_s)
+        if sum(node["Alive"] for node in ray.nodes()) < 2:  # the driver's alone, whatever it has to compute with
+            return
+        folder = str(directory.resolve())
+        place = open_place(folder, PROBE + secrets.token_hex(8))
+        try:
+            problems = ask_nodes(folder, place)
+        finally:
+            _tidy(place)
+    if problems:
+        raise UsageError(f"the run directory {folder} is not seen by {_first(problems)}; trials of a sweep write into "
+                         "it from their nodes: use storage: PATH, or --out, with a folder that all nodes mount (a "
+                         "bucket has copies of what the driver sees)")  # fmt: skip
+
+
+def _first(problems: dict[str, str]) -> str:
+    node, problem = next(iter(problems.items()))
+    more = f" (and {len(problems) - 1} more nodes)" if len(problems) > 1 else ""
+    return f"node {node}{more}: {problem}"
+
+
+def _tidy(place: Place) -> None:
+    """What is left behind harms nobody, and what the nodes have said matters more."""
+    with contextlib.suppress(OSError):
+        place.remove("")
 
 
 def ask_nodes(storage: str, place: Place) -> dict[str, str]:
@@ -55,8 +89,7 @@ def ask_nodes(storage: str, place: Place) -> dict[str, str]:
     with refused(place.url):
         place.write(QUESTION, token.encode())
     run = place.url.rpartition("/")[2]
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()
-             if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))}  # fmt: skip
+    nodes = _nodes()
     calls = {node: _task(node).remote(storage, run, token, node) for node in nodes}
     deadline, problems = time.monotonic() + ANSWER_S, {}
     for node, call in calls.items():
@@ -64,6 +97,12 @@ def ask_nodes(storage: str, place: Place) -> dict[str, str]:
         if problem is not None:
             problems[f"{nodes[node]}"] = problem
     return problems
+
+
+def _nodes() -> dict[str, str]:
+    """Identities and addresses of the nodes that have something to compute with."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()
+            if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))}  # fmt: skip
 
 
 def _task(node: str) -> Any:

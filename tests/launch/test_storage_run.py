@@ -18,8 +18,10 @@ from own.on_ray import Notes, assert_same, weights
 
 import distml
 from distml.errors import RunError, UsageError
+from distml.launch import run as commands
 from distml.launch.run import run
 from distml.runs import mirror, stored
+from distml.runs.storage import explained
 
 LIMIT_S = 60.0
 SPEC: dict[str, Any] = {
@@ -161,6 +163,66 @@ def test_what_a_bucket_refuses_is_said_before_anything_is_begun(buckets, tmp_pat
     with pytest.raises(UsageError, match=f"storage s3://{bucket}/runs: {said}"):
         run({**SPEC, "storage": buckets.url(bucket)}, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bucket_in_another_region(buckets, tmp_path):
+    bucket = buckets.new_bucket()
+    buckets.answer = lambda method, path: 301
+    with pytest.raises(UsageError, match=r"the bucket is in another region; write it after the URL, as in \?region="):
+        run({**SPEC, "storage": buckets.url(bucket)}, out=tmp_path / "run")
+    told = OSError("AWS Error UNKNOWN (HTTP status 301) during HeadObject operation: No response body. Looks like the "
+                   "configured region is 'us-east-1' while the bucket is located in 'ap-south-1'.")  # fmt: skip
+    assert "?region=ap-south-1" in explained(told)
+
+
+def test_a_run_that_the_nodes_refuse_is_not_copied(buckets, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "PASS_S", 0.02)
+
+    def refuse(*args: object) -> None:
+        time.sleep(0.5)
+        raise UsageError("not seen")
+
+    monkeypatch.setattr(commands, "probe_nodes", refuse)
+    bucket = buckets.new_bucket()
+    spec = {**SPEC, "stop": {"steps": 2}, "storage": buckets.url(bucket)}
+    with pytest.raises(UsageError, match="not seen"):
+        run(spec, out=tmp_path / "run", runtime="ray")
+    assert buckets.objects(bucket).keys() == {"runs/small/mirror.json"}
+    assert run(spec, out=tmp_path / "run").status == "done"
+
+
+def test_terminated_in_the_last_copy(buckets, tmp_path):
+    """The place is given back at once, and the next run copies what came last."""
+    bucket = buckets.new_bucket()
+    buckets.answer = lambda method, path: 403 if "/checkpoints/" in path and method != "GET" else None
+    process = start(buckets.url(bucket), tmp_path / "run", stop={"steps": 2})
+    said: list[str] = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("copying what came last"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(LIMIT_S) == 130, said
+    assert f"copying what came last to s3://{bucket}/runs/small, up to 600 s\n" in said
+    assert any("no permission" in line for line in said)
+    assert f"all of it is in {tmp_path / 'run'}\n" in said[-1]
+    assert "runs/small/holder.json" not in buckets.objects(bucket)
+    buckets.answer = lambda method, path: None
+    run({**SPEC, "stop": {"steps": 2}, "storage": buckets.url(bucket)}, out=tmp_path / "run")
+    assert committed(buckets.objects(bucket)) == ["step-00000002"]
+
+
+@pytest.mark.slow
+def test_terminated_while_it_watches_the_holder(buckets, tmp_path):
+    bucket = buckets.new_bucket()
+    held = b'{"host": "far", "machine": "far", "pid": 7, "token": "t", "beat": 3}'
+    buckets.put(bucket, "runs/small/holder.json", held)
+    process = start(buckets.url(bucket), tmp_path / "run")
+    assert process.stdout is not None
+    assert "was held by process 7 on host far; looking" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(LIMIT_S) == 130
+    assert buckets.objects(bucket) == {"runs/small/holder.json": held}
 
 
 def test_an_endpoint_where_nobody_listens(buckets, tmp_path):

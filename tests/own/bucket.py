@@ -50,7 +50,7 @@ class BucketServer:
         status = self.answer(method, path)
         if status is None:
             return self.inner(environ, start_response)
-        code = {403: "AccessDenied", 404: "NoSuchBucket"}.get(status, "InternalError")
+        code = {301: "PermanentRedirect", 403: "AccessDenied", 404: "NoSuchBucket"}.get(status, "InternalError")
         start_response(f"{status} {code}", [("Content-Type", "application/xml")])
         return [f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()]
 
