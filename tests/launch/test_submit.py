@@ -20,6 +20,7 @@ import distml
 from distml.cli import main
 from distml.errors import RunError, UsageError
 from distml.launch.submit.handle import Handle
+from distml.launch.submit.request import STOP_WAIT
 from distml.runs.checkpoints import CheckpointStore
 from distml.spec.jobs import jobs_directory
 
@@ -113,12 +114,16 @@ def test_a_job_with_its_own_task_is_followed_to_its_end(work: Path, head: Head, 
     assert re.search(rf"small +{handle.submission_id} +SUCCEEDED", capsys.readouterr().out)
 
 
-def test_what_a_job_fails_with_is_the_commands_exit_code(work: Path, head: Head) -> None:
-    goal = {"stop": {"steps": 3, "goal": {"metric": "eval/loss", "at_most": -1}}}
-    missed = distml.submit(work / "small.yaml", goal, address=head.url, out=work / "runs" / "missed")
+def test_what_a_job_fails_with_is_the_commands_exit_code(work: Path, head: Head, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    changes = {"stop": {"steps": 3, "goal": {"metric": "eval/loss", "at_most": -1}}, "storage": str(shared)}
+    missed = distml.submit(work / "small.yaml", changes, address=head.url, out=work / "runs" / "missed")
     assert main(["logs", "-f", "runs/missed"]) == 4
     found = missed.result()
     assert (found.status, found.step, found.exit_code) == ("goal_missed", 3, 4)
+    assert found.directory == str(shared / "missed")
+    assert (shared / "missed" / "result.json").is_file()
+    assert not (head.runs / "missed").exists()
 
 
 @pytest.mark.slow
@@ -127,7 +132,7 @@ def test_what_a_cluster_does_not_have_is_one_line(work: Path, head: Head, capsys
     assert main(["logs", "-f", "runs/wrong"]) == 2
     errors = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("20", "Running", "distml"))]
     assert [line[:7] for line in errors] == ["error: "]  # one line, and nothing of Ray's
-    with pytest.raises(UsageError, match=r"asks for 3 GPUs .* this cluster has 0"):
+    with pytest.raises(UsageError, match=r"asks for 3 GPUs .* this cluster has none"):
         wrong.result()
 
 
@@ -138,7 +143,8 @@ def test_a_killed_client_finds_its_job_which_saves_its_last_step_and_goes_on_lat
 ) -> None:
     (work / "long.yaml").write_text(LONG.replace("name: long", f"name: long-{workers}") % workers)
     run = f"runs/long-{workers}"
-    command = [sys.executable, "-m", "distml", "submit", "long.yaml", "--address", head.url, "--follow"]
+    command = [sys.executable, "-m", "distml", "submit", "long.yaml", "--address", head.url, "--follow",
+               "--env", f"{STOP_WAIT}=45"]  # fmt: skip
     client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     watchdog = threading.Timer(WAIT_S, client.kill)
     watchdog.start()
@@ -157,7 +163,9 @@ def test_a_killed_client_finds_its_job_which_saves_its_last_step_and_goes_on_lat
     assert Handle.read(work / run).submission_id == held
 
     assert main(["stop", run]) == 0
-    saved = re.search(r"interrupted at step (\d+), checkpoint (checkpoints/step-\d+) in", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert "its driver has 45 s" in out
+    saved = re.search(r"interrupted at step (\d+), checkpoint (checkpoints/step-\d+) in", out)
     assert saved is not None
     assert (head.runs / f"long-{workers}" / saved[2]).is_dir()
     assert main(["logs", "-f", run]) == 130
