@@ -43,7 +43,7 @@ from distml.runs.units import number
 from distml.runtime.connection import connect, diverted_output
 from distml.runtime.endings import StopSignals, close_all, close_within, record_of_end
 from distml.runtime.placement import check_resources, cluster_nodes
-from distml.runtime.planning import capacity, request_of
+from distml.runtime.planning import groups_that_fit, request_of
 from distml.spec.loader import with_values
 from distml.spec.search_rules import space_of
 from distml.spec.sweep import SweepSpec
@@ -79,6 +79,7 @@ class SweepRun:
         self.book = TrialBook(context.loaded, context.directory, context.sources)
         self.quiet = contextlib.ExitStack()
         self.owns_ray, self.has_started = False, False
+        self.reserved: Sequence[str] = ()  # nodes that trials keep clear of
 
     # ------------------------------------------------------------------------------------------------------- starting
     def build(self, resume: bool) -> None:
@@ -101,7 +102,8 @@ class SweepRun:
         each = base.resources.workers * base.resources.cpus_per_worker
         slots = self.job.max_concurrent or max(1, cores // each)
         self.owns_ray = connect(self.context.address, slots * each, self.job.limits.start_s)
-        check_resources(base.model_copy(update={"limits": self.job.limits}), self.owns_ray)
+        outlook = check_resources(base.model_copy(update={"limits": self.job.limits}), self.owns_ray)
+        self.reserved = outlook.reserved
         self.signals.take()
         self.slots = min(slots, self._fitting()) if self.owns_ray or self.job.max_concurrent else self._fitting()
         self._check_limit()
@@ -118,7 +120,8 @@ class SweepRun:
 
     def _fitting(self) -> int:
         """Trials that fit into the cluster at once."""
-        return max(1, capacity(cluster_nodes(), request_of(self.job.base)) // self.job.base.resources.workers)
+        nodes = [node for node in cluster_nodes() if node.id not in self.reserved]
+        return max(1, groups_that_fit(nodes, request_of(self.job.base)))
 
     def _check_limit(self) -> None:
         """On a cluster a scheduler that wants all trials at once is held by resources alone."""
@@ -167,6 +170,7 @@ class SweepRun:
                 self.book.goals,
                 self.directory.path,
                 revives=job.scheduler.name in COPYING,
+                clear_of=self.reserved,
             ),
             name="trials",
             search_alg=Proposals(OrderedSearcher(state, limit)),

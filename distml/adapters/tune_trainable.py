@@ -31,6 +31,7 @@ from distml.population.member import Member, MemberError, Stand, check
 from distml.runs.checkpoints import Checkpoint, CheckpointStore
 from distml.runtime.cut import from_checkpoint, to_checkpoint
 from distml.runtime.group import WorkerGroup
+from distml.runtime.placement import selector_of
 from distml.runtime.planning import bundle_of
 from distml.runtime.ray import RayRuntime
 from distml.spec.loader import LoadedSpec, load_train, with_values
@@ -94,7 +95,7 @@ def trainable(
 
 def make_trainable(
     base: LoadedSpec[JobSpec], sources: SourceTree, every: int | None, goals: Sequence[BestSpec] = (),
-    home: Path | None = None, revives: bool = False,
+    home: Path | None = None, revives: bool = False, clear_of: Sequence[str] = (),
 ) -> type[Trainable]:  # fmt: skip
     """The same for a sweep.
 
@@ -102,13 +103,15 @@ def make_trainable(
         goals: the first one is reported as `objective`, a number even where it is NaN.
         home: the run directory, if results are to carry `detail` and weights are to be kept.
         revives: the scheduler copies another trial into one that has diverged.
+        clear_of: nodes that are for others.
 
     Raises:
         UsageError: the base's strategy has its state in no one place.
     """
     check(base.job)
     attributes = {"base": base, "sources": sources, "every": every or base.job.evaluate.every, "goals": tuple(goals),
-                  "home": None if home is None else str(home.resolve()), "revives": revives}  # fmt: skip
+                  "home": None if home is None else str(home.resolve()), "revives": revives,
+                  "selector": selector_of(base.job, clear_of)}  # fmt: skip
     return type(f"Trial_{base.job.name}", (MemberTrainable,), attributes)
 
 
@@ -121,12 +124,13 @@ class MemberTrainable(Trainable):  # type: ignore[misc]
     goals: ClassVar[tuple[BestSpec, ...]]
     home: ClassVar[str | None]
     revives: ClassVar[bool]
+    selector: ClassVar[dict[str, str]]
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
         """A bundle per worker; the trial's own process takes none where it has several, and only waits for them."""
         job, resources = cls.base.job, cls.base.job.resources
-        labels = {"bundle_label_selector": [dict(resources.labels)] * resources.workers} if resources.labels else {}
+        labels = {"bundle_label_selector": [cls.selector] * resources.workers} if cls.selector else {}
         bundles = [bundle_of(job)] * resources.workers
         own: list[dict[str, float]] = [{}] if resources.workers > 1 else []
         return PlacementGroupFactory(own + bundles, strategy=resources.placement.upper(), **labels)

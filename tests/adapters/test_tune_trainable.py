@@ -11,8 +11,9 @@ import distml
 import distml.adapters.tune_trainable as module
 from distml.errors import UsageError
 from distml.population.member import Member
-from distml.spec.loader import load_spec
+from distml.spec.loader import load_spec, load_train
 from distml.spec.schema import BestSpec
+from distml.tasks.sources import SourceTree
 
 LOSS = BestSpec(metric="eval/loss", mode="min")
 SPEC = {"distml": "v1", "name": "tuned", **BASE}
@@ -139,3 +140,17 @@ def test_a_trial_begins_with_the_weights_that_init_names(make, tmp_path):
     went = 1.0 - math.sqrt(first.metrics["eval/loss"])
     assert trial.train()["eval/loss"] == pytest.approx(loss_after(3, 0.05, start=went), rel=1e-4)
     trial.stop()
+
+
+@pytest.mark.parametrize("clear_of", [(), ("one", "two")])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_trials_bundles_keep_clear_of_nodes_for_others(monkeypatch, workers, clear_of):
+    """As a training job's do, and on nodes with its labels."""
+    monkeypatch.chdir(OWN)
+    resources = {"workers": workers, "labels": {"zone": "a"}}
+    base = load_train({**SPEC, "resources": resources}, ())
+    sources = SourceTree.collect(base.job.task, OWN)
+    asked = module.make_trainable(base, sources, 3, clear_of=clear_of).default_resource_request({})
+    others = {"ray.io/node-id": "!in(one,two)"} if clear_of else {}
+    assert asked._kwargs["bundle_label_selector"] == [{"zone": "a", **others}] * workers
+    assert len(asked.bundles) == workers
