@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,19 @@ def test_too_many_deaths_end_the_run_with_one_line_and_keep_its_checkpoints(tmp_
     assert weights(tmp_path / "run", 30)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["status"], result["error"]["rank"]) == ("failed", "rank 1")
+
+
+def test_a_run_that_is_asked_to_end_in_a_recovery_has_its_state_and_waits_for_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1] / "own")
+    arguments = {"run": str(tmp_path / "run"), "died": str(tmp_path / "died"), "driver": os.getpid()}
+    notes = Notes()
+    task = {"name": "detained:Detained", "args": arguments}
+    keys = {"evaluate": {"every": 1000}, "checkpoint": {"every": 1000}}
+    assert run(tmp_path / "run", task=task, display=notes, **keys).status == "interrupted"
+    assert (tmp_path / "secured").exists()  # before anything was waited for
+    assert not (tmp_path / "outlived").exists()
+    kept = re.search(r"not replaced, as the run was asked to end; step (\d+) is kept", notes.lines[-1])
+    assert CheckpointStore(tmp_path / "run" / "checkpoints", 1).steps() == [int(kept[1])]
 
 
 def test_a_death_says_what_the_process_was_doing(tmp_path, monkeypatch):
