@@ -30,7 +30,6 @@ def two_nodes() -> Iterator[Any]:
         cluster.shutdown()
 
 
-@pytest.mark.slow
 def test_the_loss_of_a_node_is_one_restart_and_costs_no_result(two_nodes, tmp_path):
     spec = {**DIGITS, "stop": {"steps": 800}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))

@@ -23,6 +23,7 @@ from own.on_hosts import (
 
 from distml.runs.checkpoints import CheckpointStore
 
+pytestmark = pytest.mark.slow  # test_lost_node.py is not, and needs no root
 SWEEP = {
     "distml": "v1",
     "kind": "sweep",
@@ -40,7 +41,6 @@ SWEEP = {
 }
 
 
-@pytest.mark.slow
 def test_a_sweep_is_submitted_and_its_trials_run_on_the_nodes(cluster, tmp_path):
     process = submit(cluster, tmp_path, SWEEP)
     code, said = ended(process)
