@@ -90,6 +90,22 @@ def test_json_has_the_numbers_of_the_text(here, capsys):
     assert plan["smallest_change"] is None
 
 
+def test_a_range_of_workers_has_the_memory_of_the_fewest_and_the_step_of_as_many_as_there_is_room_for(here, capsys):
+    def of(*workers):
+        return planned(capsys, "job.yaml", "--cluster", "big.yaml", *workers)[1]
+
+    few, many = of("--set", "resources.workers=2"), of("--set", "resources.workers=16")
+    for most in (16, 32):  # there is room for 16
+        found = of("--set", f"resources.workers={{min: 2, max: {most}}}")
+        assert found["memory"] == few["memory"] != many["memory"]
+        assert (found["ranks"], found["hosts"], found["step"]) == (16, 2, many["step"])
+        assert found["notes"][-1] == (
+            f"workers are 2 to {most}: memory is what one of 2 has, a step and its hours are of 16"
+        )
+    assert main(["plan", "job.yaml", "--cluster", "big.yaml", "--set", "resources.workers={min: 17, max: 32}"]) == 2
+    assert "resources.workers is 17, and the cluster has room for 16" in capsys.readouterr().err
+
+
 def test_a_card_that_is_too_small_is_exit_4_and_the_change_that_is_printed_fits(here, capsys):
     (here / "tiny.yaml").write_text(CLUSTER.format(gpu="{memory_gib: 0.78, tflops: 10}"))
     code, plan = planned(capsys, "job.yaml", "--cluster", "tiny.yaml")
@@ -101,6 +117,18 @@ def test_a_card_that_is_too_small_is_exit_4_and_the_change_that_is_printed_fits(
     assert options[1] == plan["smallest_change"][0] == "micro_batch_size=4"
     code, plan = planned(capsys, "job.yaml", "--cluster", "tiny.yaml", *options)
     assert code == 0
+
+
+def test_the_card_that_the_spec_asks_for_is_the_plans(here, capsys):
+    def memory(*arguments: str) -> str:
+        assert main(["plan", "job.yaml", *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert "139.8 GiB" in memory("--set", "resources.accelerator=h200")
+    assert "assumed" in memory()  # of none that is asked for
+    assert memory("--cluster", "big.yaml") == memory("--cluster", "big.yaml", "--set", "resources.accelerator=H100")
+    assert main(["plan", "job.yaml", "--cluster", "big.yaml", "--set", "resources.accelerator=L4"]) == 2
+    assert "resources.accelerator is L4, and the cluster file's GPUs are H100" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("known", [False, True])

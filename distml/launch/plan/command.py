@@ -19,7 +19,7 @@ from distml.launch.plan.estimate import Plan, Traced, estimate
 from distml.launch.plan.fit import gentlest, levels_of, smallest_change
 from distml.launch.plan.machine import Machine, machine_of
 from distml.launch.plan.over import Many, many_of, room_of
-from distml.launch.plan.places import Places, nodes_of, places_of
+from distml.launch.plan.places import Places, nodes_of, of_size, places_of, room_for
 from distml.launch.plan.text import condition, plan_lines, settings, shape_lines, worker_name
 from distml.memory import binary_size
 from distml.spec.loader import LoadedSpec, load_spec, load_train
@@ -60,6 +60,19 @@ class Planner:
             UsageError: there is no room for so many workers.
         """
         job = job or self.job
+        elastic = job.resources.elastic
+        if elastic is None:
+            return self._plan_of(job)
+        room = elastic.max if self.cluster is None else room_for(job, self.cluster)
+        large = self._plan_of(of_size(job, max(elastic.min, min(elastic.max, room))))
+        small = self._plan_of(of_size(job, elastic.min))  # of few each has more
+        note = (f"workers are {elastic.min} to {elastic.max}: memory is what one of {elastic.min} has, a step and its "
+                f"hours are of {large.places.ranks}")  # fmt: skip
+        return replace(large, memory=small.memory, micro_batch=small.micro_batch, accumulation=small.accumulation,
+                       notes=(*large.notes, note))  # fmt: skip
+
+    def _plan_of(self, job: JobSpec) -> Plan:
+        """Of a group of one size."""
         places = places_of(job, nodes_for(job, self.cluster))
         found = self.facts.activations(job)
         traced = Traced(unknown=found) if isinstance(found, str) else Traced(found.saved, found.peak)

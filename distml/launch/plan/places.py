@@ -66,18 +66,30 @@ def nodes_of(job: JobSpec, cluster: ClusterSpec) -> list[str]:
         UsageError: there is not room for all.
     """
     resources = job.resources
-    each = _room(job, cluster)
-    spread = resources.placement in ("spread", "strict_spread")
-    per_node = math.ceil(resources.workers / cluster.nodes) if spread else each
-    largest = 1 if resources.placement == "strict_spread" else each
-    room = each if resources.placement == "strict_pack" else largest * cluster.nodes
+    room = room_for(job, cluster)
     if resources.workers > room:
+        largest = 1 if resources.placement == "strict_spread" else _room(job, cluster)
         kind = "GPU" if resources.gpus_per_worker else "CPU"
         raise UsageError(
             f"resources.workers is {resources.workers}, and the cluster has room for {room} "
             f"({cluster.nodes} x {largest} workers, {kind}s; placement {resources.placement}); lower it, or add nodes"
         )
+    spread = resources.placement in ("spread", "strict_spread")
+    per_node = math.ceil(resources.workers / cluster.nodes) if spread else _room(job, cluster)
     return [f"node {rank // per_node}" for rank in range(resources.workers)]
+
+
+def room_for(job: JobSpec, cluster: ClusterSpec) -> int:
+    """Workers that the cluster has room for, as `resources.placement` lays them out."""
+    if job.resources.placement == "strict_spread":
+        return cluster.nodes if _room(job, cluster) else 0
+    return _room(job, cluster) * (1 if job.resources.placement == "strict_pack" else cluster.nodes)
+
+
+def of_size(job: JobSpec, workers: int) -> JobSpec:
+    """The job with so many workers, of an elastic group as it is at some time."""
+    resources = job.resources.model_copy(update={"size": workers})
+    return job.model_copy(update={"resources": resources})
 
 
 def _room(job: JobSpec, cluster: ClusterSpec) -> int:
