@@ -11,13 +11,16 @@ import os
 import time
 from dataclasses import dataclass, replace
 
+from distml.errors import UsageError
 from distml.launch.plan.cluster import CARDS, GIB, Card, ClusterSpec
 from distml.launch.plan.places import Places
 from distml.memory import memory_bytes
+from distml.spec.accelerators import ACCELERATORS, canonical_accelerator
 from distml.spec.schema import JobSpec
 from distml.spec.zero import ZeroSpec
 
 ASSUMED_CARD = "a100"
+CARD_OF = {canonical_accelerator(name): name for name in CARDS} | {"A100-80G": "a100"}  # by Ray's names
 UTILISATION = ClusterSpec.model_fields["utilisation"].default
 CPU_PROCESS_BYTES = 0.35 * GIB  # Python, torch and Ray's part of a worker, before it has a model
 GPU_PROCESS_BYTES = 0.75 * GIB  # of a card: CUDA's context, kernels, NCCL's buffers
@@ -49,17 +52,27 @@ class Machine:
 
 
 def machine_of(job: JobSpec, places: Places, cluster: ClusterSpec | None) -> Machine:
-    """What each rank of the job has."""
-    return _gpu(places, cluster) if places.gpus else _cpu(job, places, cluster)
+    """What each rank of the job has.
+
+    Raises:
+        UsageError: the job asks for another card than the cluster has.
+    """
+    return _gpu(job.resources.accelerator, places, cluster) if places.gpus else _cpu(job, places, cluster)
 
 
-def _gpu(places: Places, cluster: ClusterSpec | None) -> Machine:
-    host = None
+def _gpu(accelerator: str | None, places: Places, cluster: ClusterSpec | None) -> Machine:
+    host, asked = None, CARD_OF.get(accelerator or "")
     if cluster is not None and cluster.host_memory_gib is not None:
         host = cluster.host_memory_gib * GIB / places.ranks_on_host
     if cluster is not None and cluster.card is not None:
+        there = canonical_accelerator(cluster.card_name)
+        if accelerator is not None and there in ACCELERATORS and accelerator != there and asked != cluster.card_name:
+            raise UsageError(f"resources.accelerator is {accelerator}, and the cluster file's GPUs are {there}; change "
+                             "one of them")  # fmt: skip
         return _with_card(cluster.card, cluster.card_name, "cluster file", cluster.utilisation, host,
                           cluster.price_per_gpu_hour)  # fmt: skip
+    if asked is not None:
+        return _with_card(CARDS[asked], asked, "resources.accelerator", UTILISATION, host)
     if (found := card_here()) is not None:
         return gpu_machine(*found, "this machine's")
     return _with_card(CARDS[ASSUMED_CARD], ASSUMED_CARD, "assumed: no GPU here and no --cluster", UTILISATION, host)
