@@ -380,7 +380,7 @@ def check_resume(
     steps = has_begun(directory) if over else bool(CheckpointStore(directory.checkpoints, 1).steps())
     if earlier is None or text is None or not (steps or (earlier.status in EXIT_CODES and earlier.step)):
         return False
-    before = load_spec_text(text, directory.path)
+    before: LoadedSpec[Any] = load_spec(directory.path / "spec.yaml")
     if before.job.kind != loaded.job.kind:
         raise UsageError(f"{directory.path} holds a run of kind {before.job.kind}; use --out DIR for a new run, "
                          "or --fresh to move the old one away")  # fmt: skip
@@ -409,11 +409,6 @@ def check_resume(
     for _, line in changed:
         display.note(f"changed: {line}")
     return steps
-
-
-def load_spec_text(text: str, directory: Path) -> LoadedSpec[Any]:
-    """The spec that a run directory keeps."""
-    return load_spec(directory / "spec.yaml") if text else load_spec({}, directory=directory)
 
 
 def changes(before: Block, after: Block) -> list[tuple[str, str]]:
