@@ -27,6 +27,7 @@ import numpy as np
 import ray
 from ray import tune
 from ray.tune import CheckpointConfig
+from ray.util.placement_group import remove_placement_group
 
 from distml.adapters.tune_beats import Beats
 from distml.adapters.tune_book import TrialBook, TrialRecord
@@ -42,7 +43,7 @@ from distml.runs.over import ENDS
 from distml.runs.units import number
 from distml.runtime.connection import connect, diverted_output
 from distml.runtime.endings import StopSignals, close_all, close_within, record_of_end
-from distml.runtime.placement import check_resources, cluster_nodes
+from distml.runtime.placement import check_resources, cluster_nodes, place
 from distml.runtime.planning import groups_that_fit, request_of
 from distml.spec.loader import with_values
 from distml.spec.search_rules import space_of
@@ -86,7 +87,7 @@ class SweepRun:
         """Read the journal, and connect to Ray.
 
         Raises:
-            UsageError: a package is missing, or not even one trial fits.
+            UsageError: a package is missing, or not even one trial fits or has a place within `limits.start_s`.
         """
         base = self.job.base
         if self.context.inject:
@@ -102,8 +103,11 @@ class SweepRun:
         each = base.resources.workers * base.resources.cpus_per_worker
         slots = self.job.max_concurrent or max(1, cores // each)
         self.owns_ray = connect(self.context.address, slots * each, self.job.limits.start_s)
-        outlook = check_resources(base.model_copy(update={"limits": self.job.limits}), self.owns_ray)
+        first = base.model_copy(update={"limits": self.job.limits})
+        outlook = check_resources(first, self.owns_ray)
         self.reserved = outlook.reserved
+        if not self.owns_ray:  # others may have it all, of which Tune says nothing: it waits without a limit
+            remove_placement_group(place(first, outlook, self.display.note))
         self.signals.take()
         self.slots = min(slots, self._fitting()) if self.owns_ray or self.job.max_concurrent else self._fitting()
         self._check_limit()

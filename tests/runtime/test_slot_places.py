@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 from own.oracle import OWN
 from test_member_hosts import job_of
 
+from distml.cli import main
 from distml.errors import UsageError
 from distml.population.host import Ready
 from distml.runtime.placement import PLACED
@@ -68,6 +70,19 @@ def test_where_nobody_has_a_place_it_is_waited_for_and_then_refused(others, tmp_
     assert lines[0].startswith("waiting for a place for 1 x 1 CPU (pack): room for 0 of them now")
     states = [row["state"] for row in placement_group_table().values() if row["name"]]
     assert not {"PENDING", PLACED} & {*states}  # what was asked for is given back
+
+
+def test_a_sweep_waits_for_its_first_place_in_the_same_way(others, tmp_path, capsys):
+    """Ray Tune alone would wait without a limit or a word."""
+    base = {"task": {"name": "classification", "data": "digits", "model": {"name": "mlp", "hidden": [8]}},
+            "stop": {"steps": 2}}  # fmt: skip
+    spec = {"distml": "v1", "kind": "sweep", "name": "waits", "base": {"distml": "v1", "name": "b", **base},
+            "space": {"optimizer.lr": {"uniform": [0.1, 0.2]}}, "objective": {"metric": "eval/loss", "mode": "min"},
+            "sampler": "random", "trials": 2, "limits": {"start_s": 2.0}}  # fmt: skip
+    (tmp_path / "sweep.yaml").write_text(json.dumps(spec))
+    others(4)
+    assert main(["run", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert "after 2 s still no place for 1 x 1 CPU (pack)" in capsys.readouterr().err
 
 
 def test_slots_count_from_when_they_have_a_place_and_a_start_from_when_its_process_is_there(others, tmp_path):
