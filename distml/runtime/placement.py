@@ -128,17 +128,6 @@ def selector_of(job: JobSpec, clear_of: Sequence[str] = ()) -> dict[str, str]:
     return {**job.resources.labels, **others}
 
 
-def actor_options(job: JobSpec) -> dict[str, Any]:
-    """The same request for an actor that has no bundle."""
-    resources = job.resources
-    options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
-    if resources.accelerator is not None:
-        options["accelerator_type"] = resources.accelerator
-    if resources.labels:
-        options["label_selector"] = dict(resources.labels)
-    return options
-
-
 def place(job: JobSpec, outlook: Outlook = Outlook(), say: Callable[[str], None] = lambda text: None) -> PlacementGroup:
     """A bundle for each worker, once Ray has found room for all.
 

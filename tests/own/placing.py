@@ -25,7 +25,6 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 
 from distml.errors import UsageError  # noqa: E402
 from distml.runtime.placement import (  # noqa: E402
-    actor_options,
     check_resources,
     place,
     server_node,
@@ -61,7 +60,7 @@ def where(one: JobSpec, say: Callable[[str], None] = lambda text: None) -> dict[
 
 def quick() -> dict[str, Any]:
     """What is decided at once."""
-    found = {
+    return {
         "anywhere": where(job("strict_spread")),
         "label": where(job(resources={"labels": {"zone": "b"}})),
         "selector": where(job(resources={"labels": {"zone": "!in(b, c)"}})),
@@ -74,14 +73,6 @@ def quick() -> dict[str, Any]:
         "no place apart": where(job(workers=4, strategy={**SERVED, "server_placement": "apart"})),
         "servers by label": where(job("spread", strategy={**SERVED, "server_labels": {"zone": "b"}})),
     }
-    options = [actor_options(job(resources={"labels": {"zone": zone}})) for zone in "abbbaa"]
-    return {**found, "actors": [ray.get(ray.remote(zone_here).options(**one).remote()) for one in options]}
-
-
-def zone_here() -> str:
-    """The zone of the node that this runs on."""
-    here = ray.get_runtime_context().get_node_id()
-    return str(next(node["Labels"].get("zone") for node in ray.nodes() if node["NodeID"] == here))
 
 
 def busy() -> dict[str, Any]:

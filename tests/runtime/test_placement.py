@@ -38,11 +38,6 @@ def test_workers_go_where_labels_and_accelerators_are(found, case, zones):
     assert found["quick"][case]["workers"] == zones
 
 
-def test_an_actor_without_a_bundle_goes_there_too(found):
-    """As a population's members."""
-    assert found["quick"]["actors"] == list("abbbaa")
-
-
 def test_servers_apart_have_a_node_without_workers(found):
     """The control, servers that may be anywhere, share one with workers."""
     apart, others = found["quick"]["apart"], found["quick"]["not apart"]
