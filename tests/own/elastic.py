@@ -4,7 +4,8 @@
 
 CASES: JSON, a list of {"name", "spec", "goes": step or null, "comes": bool}. For each, nodes are as at the start; one
 goes when the run reports the step `goes`, and comes again once the driver has said what it did about it. Steps are slow
-until the group has grown. Prints
+until the group has grown. A case may also have "nodes": CPUs of those beside the head, and "joins": [step, environment]
+of one more node, and "come": CPUs of those that come for the one that goes, at once. Prints
 "FOUND" and JSON: by name the notes, the status or error, and the size of each row of the metrics.
 """
 
@@ -32,31 +33,41 @@ WORKERS_ON_HEAD = 2
 class Scene(Notes):
     """Nodes go and come while a run reports to it."""
 
-    def __init__(self, cluster: Cluster, goes: int | None, comes: bool, grown: Path) -> None:
+    def __init__(self, cluster: Cluster, case: dict[str, Any], grown: Path) -> None:
         super().__init__()
-        self.cluster, self.goes, self.comes, self.grown = cluster, goes, comes, grown
+        self.cluster, self.grown, self.goes, self.comes = cluster, grown, case["goes"], case["comes"]
+        self.joins, self.come = case.get("joins"), case.get("come", [])
 
     def report(self, step: int, fraction: float, metrics: Metrics) -> None:
         if self.goes is not None and step >= self.goes:
             self.goes = None
             self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
+            for cpus in self.come:
+                self.cluster.add_node(num_cpus=cpus)
+        if self.joins is not None and step >= self.joins[0]:
+            environment, self.joins = self.joins[1], None
+            self.cluster.add_node(num_cpus=1, env_vars=environment)
 
     def note(self, text: str) -> None:
         super().note(text)
         if self.comes and "was lost" in text:
             self.comes = False
             self.cluster.add_node(num_cpus=1)
-        if self.goes is None and "there is room for more" in text:
+        ends = ("there is room for more", "no more than", *(["was lost"] if self.come else []))
+        if self.goes is None and any(end in text for end in ends):
             self.grown.touch()
 
 
 def act(cluster: Cluster, case: dict[str, Any], out: Path) -> dict[str, Any]:
-    """One run, with a worker node at its start."""
-    if not cluster.worker_nodes:
-        cluster.add_node(num_cpus=1)
+    """One run, with the nodes that it is to have at its start."""
+    if "nodes" in case:
+        for node in list(cluster.worker_nodes):
+            cluster.remove_node(node, allow_graceful=False)
+    for cpus in case.get("nodes", [] if cluster.worker_nodes else [1]):
+        cluster.add_node(num_cpus=cpus)
     cluster.wait_for_nodes()
     grown = out.with_name(f"{out.name}-grown")
-    scene = Scene(cluster, case["goes"], case["comes"], grown)
+    scene = Scene(cluster, case, grown)
     spec = {**case["spec"], "task": {"name": "paced:Paced", "args": {"until": str(grown)}}}
     try:
         ended = distml.run(spec, out=out, runtime="ray", display=scene).status
@@ -64,7 +75,7 @@ def act(cluster: Cluster, case: dict[str, Any], out: Path) -> dict[str, Any]:
         ended = str(error)
     metrics = out / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    return {"notes": scene.lines, "ended": ended, "sizes": [(row["step"], row["runtime/workers"]) for row in rows]}
+    return {"notes": scene.lines, "ended": ended, "sizes": [(row["step"], row.get("runtime/workers")) for row in rows]}
 
 
 def main(cases: str, out: str) -> None:

@@ -23,6 +23,7 @@ import distml
 TESTS = Path(__file__).resolve().parents[1]
 STEPS = 120
 WHY = "(its node was lost|the connection to it broke: .*)"  # whatever is heard first
+REFUSAL = "no such file on this node: train.bin"
 SUMMATION = 1e-4  # float32, other orders of sums
 
 
@@ -147,3 +148,36 @@ def test_below_the_fewest_the_run_waits_says_so_and_fails_with_the_cause(more):
     assert any(line.startswith("waiting for room: 2 of at least 3 workers have a place") for line in found["notes"])
     why = rf"rank 2, \w+, step \d+: {WHY}; not recovered: after 40 s there is room for 2 of at least 3 workers"
     assert re.match(why, found["ended"])
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    out = tmp_path_factory.mktemp("joined")
+    cases = [
+        {**case("refused", goes=None, comes=False), "nodes": [], "joins": [30, {"REFUSES": REFUSAL}]},
+    ]
+    return out, on_cluster(cases, out)
+
+
+@pytest.mark.slow
+def test_a_new_node_where_the_task_cannot_be_built_ends_no_healthy_run(joined, tmp_path):
+    """It is said once, and that node is not asked again."""
+    out, found = joined
+    assert found["refused"]["ended"] == "done"
+    said = [line for line in found["refused"]["notes"] if "no more than 2 workers" in line]
+    assert len(said) == 1
+    assert REFUSAL in said[0]
+    assert {size for _, size in found["refused"]["sizes"]} == {2}
+    distml.run(spec("twin"), out=tmp_path / "twin", runtime="inline")
+    assert apart(out / "refused", tmp_path / "twin") <= SUMMATION
+
+
+@pytest.mark.slow
+def test_places_that_ray_has_moved_are_other_hosts_for_a_fixed_group(tmp_path):
+    """Two of a host go on two: shared memory, which they had, is now each one's own; and the record says so."""
+    limits = {**SPEC["limits"], "start_s": 90.0}
+    fixed = case("moved", comes=False, resources={"workers": 4, "placement": "pack"}, limits=limits)
+    found = on_cluster([{**fixed, "nodes": [2], "come": [1, 1]}], tmp_path)["moved"]
+    assert found["ended"] == "done", found
+    environment = json.loads((tmp_path / "moved" / "environment.json").read_text())
+    assert "4 workers on 3 hosts" in environment["transport"]
