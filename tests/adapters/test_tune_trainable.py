@@ -124,8 +124,8 @@ def test_a_failure_and_a_path_that_is_not_there_are_said(make):
     unknown = make()({"optimizer.rate": 0.05})
     with pytest.raises(UsageError, match=r"optimizer\.rate"):
         unknown.train()
-    with pytest.raises(UsageError, match="2 workers"):
-        make(resources={"workers": 2})
+    with pytest.raises(UsageError, match="has its state in one place"):
+        make(strategy="zero")
 
 
 def test_it_is_at_distml_tune():
