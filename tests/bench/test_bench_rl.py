@@ -369,6 +369,7 @@ def test_what_does_not_end_is_ended_and_named(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- for real
+@pytest.mark.slow
 def test_our_a3c_for_real(capsys):
     assert main(["bench", "rl", "--contenders", "a3c", "--seeds", "1", "--frames", "16000", "--json"]) == 0
     [run] = json.loads(capsys.readouterr().out)["contenders"]["a3c"]["runs"]

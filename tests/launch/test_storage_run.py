@@ -191,6 +191,7 @@ def test_a_run_that_the_nodes_refuse_is_not_copied(buckets, tmp_path, monkeypatc
     assert run(spec, out=tmp_path / "run").status == "done"
 
 
+@pytest.mark.slow
 def test_terminated_in_the_last_copy(buckets, tmp_path):
     """The place is given back at once, and the next run copies what came last."""
     bucket = buckets.new_bucket()

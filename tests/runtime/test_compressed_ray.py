@@ -46,7 +46,9 @@ def bytes_per_step(out: Path) -> list[float]:
     return [row["comm/bytes_per_step"] for row in rows if "comm/bytes_per_step" in row]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case.startswith("slices") else case for case in CASES]
+)
 def test_ray_and_inline_give_the_same_bits_and_bytes(tmp_path, case):
     workers, strategy, inject = CASES[case]
     spec = SPEC | {"strategy": strategy, "resources": {"workers": workers}}

@@ -20,7 +20,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow) if way in ("gloo", "shared async") else way for way in WAYS]
+)
 def test_frames_add_up(way, tmp_path, monkeypatch):
     monkeypatch.chdir(OWN)
     transport, strategy = WAYS[way]

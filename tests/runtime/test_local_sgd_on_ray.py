@@ -26,7 +26,13 @@ def trained(out: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
     return {**tensors["model"], **tensors["optimizer"], **tensors["own"]}, rows
 
 
-@pytest.mark.parametrize(("transport", "hidden"), [("shared_memory", 1024), ("process_group", 16)])
+@pytest.mark.parametrize(
+    ("transport", "hidden"),
+    [
+        pytest.param("shared_memory", 1024, marks=pytest.mark.slow),
+        ("process_group", 16),
+    ],
+)
 def test_ray_and_inline_give_the_same_numbers_also_after_a_death(tmp_path, transport, hidden):
     notes = Notes()
     for runtime, inject in (("inline", ()), ("ray", ("kill:rank=1,step=38",))):

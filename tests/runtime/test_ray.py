@@ -111,7 +111,7 @@ def test_two_deaths_at_once(undisturbed, tmp_path):
     assert_same(weights(tmp_path / "run"), weights(undisturbed["served"]))
 
 
-@pytest.mark.parametrize("version", [30, 60])
+@pytest.mark.parametrize("version", [30, pytest.param(60, marks=pytest.mark.slow)])
 def test_an_evaluator_that_dies_loses_neither_its_checkpoint_nor_the_last_one(version, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1] / "own")
     task = {"name": "mortal:Mortal", "args": {"marker": str(tmp_path / "died"), "version": version}}
@@ -221,7 +221,10 @@ def test_rays_core_still_knows_the_settings_of_a_private_ray():
         assert name.encode() in core
 
 
-@pytest.mark.parametrize("job", ["digits-all-reduce", "digits-ps-sync", "digits-ps-async", "digits-ps-ssp"])
+@pytest.mark.parametrize(
+    "job",
+    ["digits-all-reduce", pytest.param("digits-ps-sync", marks=pytest.mark.slow), "digits-ps-async", "digits-ps-ssp"],
+)
 def test_shipped_jobs_reach_their_goal(job, tmp_path):
     result = distml.run(job, out=tmp_path / "run", runtime="ray")
     assert result.status == "goal_met"

@@ -63,7 +63,7 @@ def undisturbed(tmp_path_factory) -> dict[str, np.ndarray]:
     [
         pytest.param("kill:rank=1,step=34,at=gradients", "all_reduce", marks=pytest.mark.slow),
         ("kill:rank=0,step=34,at=sums", "all_reduce"),
-        ("kill:rank=1,step=34,at=weights", {"name": "parameter_server"}),
+        pytest.param("kill:rank=1,step=34,at=weights", {"name": "parameter_server"}, marks=pytest.mark.slow),
         pytest.param("stop:rank=0,step=34,at=sums", {"name": "parameter_server"}, marks=pytest.mark.slow),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_kept_state_that_is_gone_is_replaced_by_the_newest_checkpoint(undistur
     ("stage", "goes_back"),
     [
         pytest.param("lock", True, marks=pytest.mark.slow),
-        ("update", True),
+        pytest.param("update", True, marks=pytest.mark.slow),
         pytest.param("publish", True, marks=pytest.mark.slow),
         ("answer", False),
     ],

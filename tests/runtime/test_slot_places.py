@@ -85,6 +85,7 @@ def test_a_sweep_waits_for_its_first_place_in_the_same_way(others, tmp_path, cap
     assert "after 2 s still no place for 1 x 1 CPU (pack)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_slots_count_from_when_they_have_a_place_and_a_start_from_when_its_process_is_there(others, tmp_path):
     import ray
     from ray.util.placement_group import remove_placement_group
