@@ -124,3 +124,4 @@ def test_a_beat_after_the_end_holds_nothing(place):
 def test_what_is_no_holder_holds_nothing(place):
     place.write(HOLDER, b"[1]")
     Holder(place, watch_s=1e6, look_s=0.05).acquire(lambda line: None)
+    assert place.read(HOLDER) != b"[1]"

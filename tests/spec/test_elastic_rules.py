@@ -79,7 +79,7 @@ def test_what_cannot_be_is_refused_with_its_place(tmp_path, text, message):
 def test_the_same_rules_pass_for_one_number(tmp_path):
     """The control: what is refused above is refused for the range alone."""
     for text in (ACTING, SPEC + "  placement: strict_pack\n", SPEC + "strategy: zero\nmicro_batch_size: 7\n"):
-        load_spec(write(tmp_path, text.replace("{min: 2, max: 8}", "8")))
+        assert load_spec(write(tmp_path, text.replace("{min: 2, max: 8}", "8"))).job.resources.workers == 8
 
 
 def test_a_range_can_be_set_from_the_command_line(tmp_path):
